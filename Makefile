@@ -1,0 +1,67 @@
+# `make nanogpt` and `make test` are all a fresh machine needs: Python 3.11+, git, make.
+#
+#   VENV=path        where to install (default .venv; an existing environment is used
+#                    as it is, its own jax included)
+#   PYTHON=python    the interpreter that makes the environment
+#   ACCELERATOR=cuda or tpu: installs jax's own extra of that name
+#   ARGS="..."       more flags for `make nanogpt`, see `make nanogpt ARGS=--help`
+
+PYTHON ?= python3
+VENV ?= .venv
+ACCELERATOR ?=
+ARGS ?=
+comma := ,
+EXTRA = $(if $(ACCELERATOR),$(comma)$(ACCELERATOR))
+BIN = $(VENV)/bin
+# The locked versions go into environments made here. Where jax came from elsewhere
+# (a CUDA image, say) the lock would replace it, so there only the bounds hold.
+LOCK = $$(test -e $(VENV)/.locked && echo "--constraint constraints.txt")
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: nanogpt test test-slow test-lowest test-newest lint format wheel clean
+
+nanogpt: $(VENV)/.examples$(ACCELERATOR)
+	$(BIN)/python -m examples.nanogpt.train --preset tiny $(ARGS)
+
+test: $(VENV)/.tests$(ACCELERATOR)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-slow: $(VENV)/.tests$(ACCELERATOR)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.dev$(ACCELERATOR)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.dev$(ACCELERATOR)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/.dev$(ACCELERATOR)
+	$(BIN)/python -m build --wheel
+	benchmarks/../.ci/check_wheel $(BIN)/python
+
+# The oldest versions that pyproject.toml admits, and the newest that exist.
+test-lowest:
+	$(MAKE) test VENV=.venv-lowest LOCKFILE=constraints-lowest.txt
+
+test-newest:
+	$(MAKE) test VENV=.venv-newest LOCKFILE=/dev/null
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}. Name another: make PYTHON=python3.12 ...")'
+	@if $(PYTHON) -c 'import jax' 2>/dev/null; then \
+	  echo "Using the jax that $(PYTHON) already has."; \
+	  $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+	  $(PYTHON) -m venv $(VENV) && touch $(VENV)/.locked; \
+	fi
+
+# One stamp a set of extras; a newer pyproject.toml or lock installs again.
+$(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) $(LOCK) --editable '.[$(subst $(ACCELERATOR),,$*)$(EXTRA)]'
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-lowest .venv-newest dist build runs

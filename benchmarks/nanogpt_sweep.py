@@ -1,0 +1,168 @@
+"""Trains nanoGPT `tiny` with several optimizers, the same effort spent on each.
+
+For every optimizer: `--trials` learning rates with seed 0, then the best of them with
+seeds 1, 2 and 3, which played no part in choosing it. The first three rates lie a
+factor of 2 apart; each further trial goes a factor of 2 beyond the best if that is at
+an edge, and else halfway (a factor of the square root of 2) to its better neighbour.
+The auxiliary optimizer of the matrix optimizers keeps the example's own settings.
+
+    python -m benchmarks.nanogpt_sweep --out benchmarks/results/nanogpt_tiny.json
+    python -m benchmarks.nanogpt_sweep --table benchmarks/results/nanogpt_tiny.json
+
+Every run is written to the file as it ends; the same command continues a file.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import threading
+from pathlib import Path
+from typing import Any
+
+CENTRES = {
+    "adamw": 4e-3,
+    "lion": 8e-4,
+    "muon": 0.03,
+    "muonh": 0.03,
+    "normuon": 0.03,
+    "hopper": 6e-3,
+}
+FINAL_SEEDS = (1, 2, 3)
+
+
+def train_once(optimizer: str, lr: float, seed: int, preset: str) -> dict[str, Any]:
+    """One run in a process with one thread: two at a time are then two cores' work."""
+    os.environ["XLA_FLAGS"] = (
+        "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    )
+    import dataclasses
+
+    from examples.nanogpt import configs, train
+
+    config = dataclasses.replace(
+        configs.PRESETS[preset],
+        optimizer=optimizer,
+        lr=lr,
+        seed=seed,
+        out=None,
+        quiet=True,
+        sample=0,
+    )
+    result = train.train(config)
+    records = result.pop("records")
+    begin = next(r for r in records if r["kind"] == "run")
+    curve = [(r["step"], r["loss"]) for r in records if r["kind"] == "val"]
+    run = {"optimizer": optimizer, "lr": lr, "seed": seed, "validation": curve}
+    return {**run, **result, "begin": begin}
+
+
+def next_rate(tried: dict[float, float], centre: float) -> float:
+    """The next learning rate, from the losses of those tried."""
+    first = [centre, centre / 2, centre * 2]
+    if len(tried) < len(first):
+        return first[len(tried)]
+    rates = sorted(tried)
+    best = min(tried, key=lambda rate: tried[rate])
+    place = rates.index(best)
+    if place == 0:
+        return best / 2
+    if place == len(rates) - 1:
+        return best * 2
+    neighbour = min(rates[place - 1], rates[place + 1], key=lambda rate: tried[rate])
+    return math.sqrt(best * neighbour)
+
+
+def finite(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
+
+
+def sweep(args: argparse.Namespace) -> None:
+    path = Path(args.out)
+    runs: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    lock = threading.Lock()
+    context = multiprocessing.get_context("spawn")
+
+    def run(pool: Any, optimizer: str, lr: float, seed: int) -> None:
+        result = pool.submit(train_once, optimizer, lr, seed, args.preset).result()
+        with lock:
+            runs.append(result)
+            path.write_text(json.dumps(runs, indent=1) + "\n")
+        print(
+            f"{optimizer:8} lr {lr:.3g} seed {seed}: {result['loss']:.4f} in "
+            f"{result['seconds']:.0f} s",
+            flush=True,
+        )
+
+    def one_optimizer(pool: Any, name: str) -> None:
+        def tried() -> dict[float, float]:
+            with lock:
+                mine = [r for r in runs if r["optimizer"] == name and r["seed"] == 0]
+            return {r["lr"]: finite(r["loss"]) for r in mine}
+
+        while len(tried()) < args.trials:
+            run(pool, name, next_rate(tried(), CENTRES[name]), 0)
+        best = min(tried(), key=lambda rate: tried()[rate])
+        done = {r["seed"] for r in runs if (r["optimizer"], r["lr"]) == (name, best)}
+        for seed in FINAL_SEEDS:
+            if seed not in done:
+                run(pool, name, best, seed)
+
+    with (
+        concurrent.futures.ProcessPoolExecutor(args.workers, context) as pool,
+        concurrent.futures.ThreadPoolExecutor(args.workers) as threads,
+    ):
+        jobs = [threads.submit(one_optimizer, pool, n) for n in args.optimizers]
+        for job in jobs:
+            job.result()
+
+
+def table(path: str) -> str:
+    """The results as Markdown, best first."""
+    runs = json.loads(Path(path).read_text())
+    rows = []
+    for name in dict.fromkeys(run["optimizer"] for run in runs):
+        mine = [run for run in runs if run["optimizer"] == name]
+        trials = {r["lr"]: finite(r["loss"]) for r in mine if r["seed"] == 0}
+        best = min(trials, key=lambda rate: trials[rate])
+        final = [r["loss"] for r in mine if r["seed"] in FINAL_SEEDS]
+        if len(final) < len(FINAL_SEEDS):
+            raise ValueError(f"{name} has not run all of the seeds {FINAL_SEEDS}")
+        edge = "" if min(trials) < best < max(trials) else " (edge)"
+        tried = ", ".join(f"{rate:.3g}" for rate in sorted(trials))
+        rows.append(
+            (
+                statistics.mean(final),
+                f"| {name} | {best:.3g}{edge} | {statistics.mean(final):.4f} ± "
+                f"{statistics.stdev(final):.4f} | {trials[best]:.4f} | {tried} |",
+            )
+        )
+    head = (
+        "| optimizer | learning rate | validation loss ± σ (seeds 1, 2, 3) | seed 0 | "
+        "rates tried with seed 0 |\n| --- | --- | --- | --- | --- |\n"
+    )
+    return head + "\n".join(row for _, row in sorted(rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", help="the file of results to write or continue")
+    parser.add_argument("--table", help="prints the table of a file and ends")
+    parser.add_argument("--optimizers", nargs="+", default=list(CENTRES))
+    parser.add_argument("--trials", type=int, default=4, help="learning rates each")
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--workers", type=int, default=2, help="processes at a time")
+    args = parser.parse_args()
+    if args.table:
+        print(table(args.table))
+    elif args.out:
+        sweep(args)
+    else:
+        parser.error("one of --out and --table is needed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""A GPT, after the model of the modded-nanogpt optimization track.
+
+RMSNorm with gains, rotary positions on half of the channels, unit-norm queries
+and keys, squared ReLU, soft-capped logits, separate q, k, v, o, an untied head.
+
+Shapes: B batch, T positions, D width, H heads, K head_dim, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+# The track multiplies q k^T by 0.12 at head_dim 128. q and k have norm
+# sqrt(head_dim), so this is the largest attention logit, whatever head_dim is.
+MAX_ATTENTION_LOGIT = 0.12 * 128
+LOGIT_CAP = 15.0
+
+
+def _normal(scale: float = 1.0) -> Callable:
+    """Normal, standard deviation `scale * sqrt(1 / (3 inputs))`: the track's.
+
+    The track starts `o` and `proj` at zero. They are small here instead, as in
+    GPT-2, because an optimizer on the hyperball keeps the norm a matrix starts with.
+    """
+    return nnx.initializers.variance_scaling(scale**2 / 3, "fan_in", "normal")
+
+
+def rotary(x: jax.Array) -> jax.Array:
+    """Turns pairs of channels by their position; half of the pairs stay put.
+
+    Pair i of head_dim / 2 turns by 1024^(-i / (head_dim / 4 - 1)) radians a position
+    for i below head_dim / 4 and by nothing above.
+    """
+    positions, head_dim = x.shape[1], x.shape[3]
+    turning = head_dim // 4
+    frequency = (1 / 1024) ** jnp.linspace(0, 1, turning, dtype=jnp.float32)
+    frequency = jnp.concatenate([frequency, jnp.zeros_like(frequency)])  # (K/2,)
+    angle = jnp.outer(jnp.arange(positions, dtype=jnp.float32), frequency)
+    cos, sin = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # (B, T, H, K/2)
+    turned = [first * cos + second * sin, second * cos - first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, width, head_dim, layers, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        def linear(scale: float = 1.0) -> nnx.Linear:
+            init = _normal(scale)
+            return nnx.Linear(
+                width, width, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs
+            )
+
+        self.head_dim = head_dim
+        self.q, self.k, self.v = linear(), linear(), linear()
+        self.o = linear((2 * layers) ** -0.5)
+        # Without gains: they set the length of queries and keys, which is fixed.
+        self.unit = nnx.RMSNorm(head_dim, use_scale=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # (B, T, D)
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (f(x).reshape(heads) for f in (self.q, self.k, self.v))
+        q, k = rotary(self.unit(q)), rotary(self.unit(k))  # (B, T, H, K)
+        scale = MAX_ATTENTION_LOGIT / self.head_dim
+        y = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True)
+        return self.o(y.reshape(x.shape))
+
+
+class MLP(nnx.Module):
+    def __init__(self, width, layers, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        def linear(inputs: int, outputs: int, scale: float) -> nnx.Linear:
+            init = _normal(scale)
+            return nnx.Linear(
+                inputs,
+                outputs,
+                use_bias=False,
+                kernel_init=init,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        self.fc = linear(width, 4 * width, 1.0)
+        self.proj = linear(4 * width, width, (2 * layers) ** -0.5)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # (B, T, D)
+        return self.proj(jnp.square(nnx.relu(self.fc(x))))
+
+
+class Block(nnx.Module):
+    def __init__(self, width, head_dim, layers, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.norm1 = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
+        self.attn = Attention(width, head_dim, layers, dtype=dtype, rngs=rngs)
+        self.norm2 = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(width, layers, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # (B, T, D)
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nnx.Module):
+    """Parameters are float32; `dtype` is what they are multiplied in."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        layers: int,
+        width: int,
+        head_dim: int,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if width % head_dim or head_dim % 4:
+            raise ValueError(
+                f"`width` must be a multiple of `head_dim`, and `head_dim` of 4, got "
+                f"width={width} and head_dim={head_dim}"
+            )
+        normal = nnx.initializers.normal(1.0)
+        self.embed = nnx.Embed(
+            vocab_size, width, embedding_init=normal, dtype=dtype, rngs=rngs
+        )
+        self.norm1 = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List(
+            Block(width, head_dim, layers, dtype=dtype, rngs=rngs)
+            for _ in range(layers)
+        )
+        self.norm2 = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
+        # Near zero, as the track's: the first loss is log(vocab_size).
+        small = nnx.initializers.normal(1 / width)
+        self.head = nnx.Linear(
+            width, vocab_size, use_bias=False, kernel_init=small, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:  # (B, T) integers
+        x = self.norm1(self.embed(tokens))  # (B, T, D)
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.norm2(x)).astype(jnp.float32)  # (B, T, V)
+        return LOGIT_CAP * logits * jax.lax.rsqrt(jnp.square(logits) + LOGIT_CAP**2)
+
+
+@functools.partial(nnx.jit, static_argnums=(2, 3))
+def generate(
+    model: GPT,
+    prompt: jax.Array,
+    tokens: int,
+    context: int,
+    temperature: float,
+    key: jax.Array,
+) -> jax.Array:
+    """Continues `prompt` (P,) by `tokens` tokens, each from the last `context` ones.
+
+    Every token costs a full forward pass: short code, not a fast sampler.
+    """
+    prompt = prompt[-context:]
+    window = jnp.zeros((context,), jnp.int32).at[: len(prompt)].set(prompt)
+
+    def one_more(carry, key):
+        window, length = carry
+        logits = model(window[None])[0, length - 1]  # what follows is masked
+        token = jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+        full = length == context
+        window = jnp.where(full, jnp.roll(window, -1), window)
+        position = jnp.where(full, context - 1, length)
+        return (window.at[position].set(token), position + 1), token
+
+    carry = (window, jnp.asarray(len(prompt), jnp.int32))
+    return jax.lax.scan(one_more, carry, jax.random.split(key, tokens))[1]

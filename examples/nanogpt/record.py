@@ -1,0 +1,143 @@
+"""A run's own record: what it ran on, and its metrics as lines of JSON."""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and device: with the configuration, what repeats a run."""
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(HERE), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    devices = jax.devices()
+    packages = ("jax", "optax", "flax", "orbax-checkpoint", "numpy", "optax_matrix")
+    return {
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in packages},
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain")),
+        "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        "cpu_count": os.cpu_count(),
+    }
+
+
+def digest(tree: Any) -> str:
+    """The sha256 of all leaves: equal exactly if every bit of the state is."""
+    result = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        result.update(np.asarray(leaf).tobytes())
+    return result.hexdigest()
+
+
+def parse(line: str) -> dict[str, Any]:
+    """One line of metrics.jsonl. JSON has no NaN: a loss that is not finite is null."""
+    record = json.loads(line)
+    return {k: math.nan if v is None and "loss" in k else v for k, v in record.items()}
+
+
+def _line(record: dict[str, Any]) -> str:
+    def finite(value: Any) -> Any:
+        wrong = isinstance(value, float) and not math.isfinite(value)
+        return None if wrong else value
+
+    return json.dumps({k: finite(v) for k, v in record.items()}) + "\n"
+
+
+class Record:
+    """The records of one run, kept in memory and, given a folder, in metrics.jsonl.
+
+    The first has kind `run`, the last `final`; those between `train`, `val` and
+    `resume`. A folder also receives the source of this example.
+    """
+
+    def __init__(self, folder: Path | None, *, resume: bool, overwrite: bool):
+        self.records: list[dict[str, Any]] = []
+        self.tokenizer: str | None = None  # that of a run which is resumed
+        self.path = folder / "metrics.jsonl" if folder else None
+        if folder is None or self.path is None:
+            return
+        if resume:
+            if overwrite:
+                raise ValueError("`resume` and `overwrite` exclude each other")
+            if not self.path.is_file():
+                raise FileNotFoundError(f"nothing to resume: no {self.path}")
+            for line in self.path.read_text().splitlines():
+                try:
+                    self.records.append(parse(line))
+                except json.JSONDecodeError:
+                    break  # The run was killed while it wrote this line.
+            if not self.records:
+                raise ValueError(f"nothing to resume: {self.path} has no record")
+            if (folder / "tokenizer.json").is_file():
+                self.tokenizer = str(folder / "tokenizer.json")
+        elif self.path.exists():
+            if not overwrite:
+                raise FileExistsError(
+                    f"{folder} holds a run; continue it with `--resume`, replace it "
+                    f"with `--overwrite`, or choose another folder with `--out`"
+                )
+            shutil.rmtree(folder)
+        if not self.records:
+            (folder / "source").mkdir(parents=True, exist_ok=True)
+            for file in HERE.glob("*.py"):
+                shutil.copy(file, folder / "source")
+
+    def check_same(self, config: dict[str, Any], data_sha256: str) -> None:
+        """Raises, naming the differences, unless the run was begun with the same."""
+        begun = self.records[0]
+        then = {**begun["config"], "data_sha256": begun["data_sha256"]}
+        now = {**config, "data_sha256": data_sha256}
+        changed = [
+            f"{k}: {then.get(k)} -> {now[k]}" for k in now if then.get(k) != now[k]
+        ]
+        if changed:
+            raise ValueError(
+                f"a run resumes as it was begun; other than in {self.path}: "
+                f"{', '.join(changed)}"
+            )
+
+    def rewind(self, step: int) -> None:
+        """Forgets what was recorded after `step`: it will be done again."""
+        kept = [r for r in self.records if r.get("step", 0) <= step]
+        self.records = [r for r in kept if r["kind"] != "final"]
+        if self.path:
+            lines = [_line(record) for record in self.records]
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(lines))
+            partial.replace(self.path)
+
+    def add(self, kind: str, **fields: Any) -> None:
+        record = {"kind": kind, **fields}
+        self.records.append(record)
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(_line(record))
+
+    def last(self, kind: str) -> dict[str, Any]:
+        """The newest record of `kind`, empty if there is none."""
+        return next((r for r in reversed(self.records) if r["kind"] == kind), {})

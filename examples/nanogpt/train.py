@@ -1,0 +1,305 @@
+"""Trains a GPT; reads from top to bottom. From the root of the repository:
+
+python -m examples.nanogpt.train                                # a minute, any machine
+python -m examples.nanogpt.train --optimizer adamw --lr 0.002
+python -m examples.nanogpt.train --preset gpt2-small            # 124M, GPU or TPU
+python -m examples.nanogpt.train --help
+"""
+
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+if not __package__:  # run as a file: `python examples/nanogpt/train.py`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import optax_matrix as om
+from examples.nanogpt import checkpoint, configs, data, model, plot, record
+from examples.nanogpt.configs import Config
+
+
+class State(NamedTuple):
+    """What a step changes and a checkpoint holds. The step count is its name."""
+
+    params: nnx.State
+    optimizer: optax.OptState
+
+
+# ------------------------------------------------------------------- optimizer
+
+
+def schedule(peak: float | None, config: Config) -> Callable:
+    """Linear rise (none by default), stable, then a linear fall to zero."""
+    if peak is None:
+        raise ValueError("no learning rate: see `configs.resolve`")
+    fall = max(1, round(config.cooldown * config.steps))
+    stable = optax.linear_schedule(peak, 0.0, fall, config.steps - fall)
+    if not config.warmup:
+        return stable
+
+    def with_rise(count):
+        rise = jnp.minimum(1.0, (count + 1.0) / config.warmup)
+        return rise * stable(count)
+
+    return with_rise
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+    """The named optimizer on raw gradients, which skips a step that is not finite.
+
+    A skipped step leaves parameters and optimizer as they were, schedule included.
+    Optax gives up after `max_consecutive_errors`; here that is never.
+    """
+    settings: dict[str, Any] = dict(config.settings)
+    if config.optimizer in om.MATRIX_OPTIMIZERS:
+        settings.setdefault("auxiliary_learning_rate", schedule(config.aux_lr, config))
+    rate = schedule(config.lr, config)
+    optimizer = om.make_optimizer(config.optimizer, rate, **settings)
+    if config.clip:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
+    never = np.iinfo(np.int32).max
+    return optax.apply_if_finite(optimizer, max_consecutive_errors=never)  # type: ignore
+
+
+def check_ownership(table: Any, params: nnx.State) -> int:
+    """The number of parameters; raises unless the routing table has each leaf once."""
+    leaves = jax.tree.leaves(params)
+    owned = len(table.rows), sum(row.parameters for row in table.rows)
+    if owned != (len(leaves), sum(leaf.size for leaf in leaves)):
+        raise RuntimeError(f"leaves and parameters routed: {owned}, not the model's")
+    return owned[1]
+
+
+# -------------------------------------------------------------------- one step
+
+
+def loss_fn(params: nnx.State, graph: nnx.GraphDef, windows: jax.Array) -> jax.Array:
+    """Mean cross-entropy in nats a token of windows (B, T + 1)."""
+    logits = nnx.merge(graph, params)(windows[:, :-1])  # (B, T, V)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
+    return jnp.mean(losses)
+
+
+def make_step(
+    graph: nnx.GraphDef, optimizer: optax.GradientTransformation
+) -> jax.stages.Wrapped:
+    """Compiled: state and windows (A, B, T + 1) to the next state and the mean loss."""
+
+    def step(state: State, windows: jax.Array) -> tuple[State, jax.Array]:
+        def add_micro_batch(total, micro_batch):  # (B, T + 1)
+            found = jax.value_and_grad(loss_fn)(state.params, graph, micro_batch)
+            return jax.tree.map(jnp.add, total, found), None
+
+        count = windows.shape[0]  # of micro-batches (A, B, T + 1)
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+        if count == 1:
+            total, _ = add_micro_batch(zero, windows[0])
+        else:
+            total, _ = jax.lax.scan(add_micro_batch, zero, windows)
+        loss, grads = jax.tree.map(lambda x: x / count, total)
+        updates, inner = optimizer.update(grads, state.optimizer, state.params)
+        return State(optax.apply_updates(state.params, updates), inner), loss  # type: ignore
+
+    return jax.jit(step, donate_argnums=0)
+
+
+# --------------------------------------------------------------------- the run
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Trains, and returns the final record, with all others under `records`.
+
+    Ctrl-C and SIGTERM end the run after the step in progress, with a checkpoint, and
+    then `stopped` is their name. `seconds` are those of this process, spent in steps.
+    """
+    config = configs.resolve(config)
+    say = (lambda _: None) if config.quiet else tqdm.write
+
+    # Devices: each has all parameters and its part of every micro-batch.
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
+    everywhere, spread = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "data"))
+    micro_batch, rest = divmod(config.batch_size, config.accumulate)
+    if rest or micro_batch % mesh.size:
+        raise ValueError(
+            f"`batch_size` must be a multiple of `accumulate` times devices, got "
+            f"{config.batch_size} for {config.accumulate} times {mesh.size}"
+        )
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if jax.default_backend() in ("gpu", "tpu") else "float32"
+
+    # Output and data; a resumed run takes the tokenizer that it was begun with.
+    folder = Path(config.out) if config.out else None
+    log = record.Record(folder, resume=config.resume, overwrite=config.overwrite)
+    dataset = data.load(
+        config.data,
+        tokenizer=log.tokenizer or config.tokenizer,
+        bpe_vocab=config.bpe_vocab,
+        folder=config.data_dir,
+        shards=config.shards,
+    )
+    if folder and dataset.tokenizer:
+        dataset.tokenizer.save(folder / "tokenizer.json")
+
+    def on_devices(rows: np.ndarray, batches: int) -> jax.Array:  # (N, T + 1)
+        return jax.device_put(rows.reshape(batches, -1, config.context + 1), spread)
+
+    def train_windows(step: int) -> jax.Array:
+        rows = dataset.train.batch(config.seed, step, config.batch_size, config.context)
+        return on_devices(rows, config.accumulate)
+
+    val_rows = dataset.val.fixed(config.val_windows, config.context)
+    if len(val_rows) < micro_batch:
+        raise ValueError(
+            f"{len(val_rows)} validation windows do not fill a micro-batch"
+        )
+    val_batches = len(val_rows) // micro_batch
+    val_windows = on_devices(val_rows[: val_batches * micro_batch], val_batches)
+
+    # Model, optimizer, and what they were at the last checkpoint
+    sizes = (dataset.vocab_size, config.layers, config.width, config.head_dim)
+    gpt = model.GPT(*sizes, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(config.seed))
+    graph, params = nnx.split(gpt)
+    table = om.describe(params)
+    parameters = check_ownership(table, params)
+    optimizer = make_optimizer(config)
+    state = jax.device_put(State(params, jax.jit(optimizer.init)(params)), everywhere)
+    saved = checkpoint.Checkpoints(folder if config.checkpoint_every else None)
+    start = 0
+    if config.resume:
+        log.check_same(configs.identity(config), dataset.sha256)
+        start = saved.latest() or 0
+        state = saved.restore(start, state) if start else state
+        log.rewind(start)
+
+    # What this run is, before anything happens
+    about = {
+        "parameters": parameters,
+        "compute_dtype": dtype,
+        "tokens": {"train": len(dataset.train), "val": len(dataset.val)},
+        "data_sha256": dataset.sha256,
+        **record.environment(),
+    }
+    beside = f"data sha256 {dataset.sha256}, Python {about['python']}"
+    if config.optimizer in om.MATRIX_OPTIMIZERS:
+        say(str(table))
+    else:
+        say(f"{config.optimizer} takes all {len(table.rows)} leaves")
+    for name, value in {**dataclasses.asdict(config), **about}.items():
+        say(f"{name:>20}  {value}")
+    kind = "resume" if config.resume else "run"
+    log.add(kind, step=start, config=dataclasses.asdict(config), **about)
+
+    # Compiled first, so that the clock below measures steps
+    begin = time.perf_counter()
+    step_fn = make_step(graph, optimizer).lower(state, train_windows(start)).compile()
+    eval_fn = jax.jit(lambda params, windows: loss_fn(params, graph, windows))
+    compile_seconds = time.perf_counter() - begin
+
+    assert config.lr is not None
+    rate, tokens_a_step = (
+        schedule(config.lr, config),
+        config.batch_size * config.context,
+    )
+    seconds, timed, speed, skipped = 0.0, 0, 0.0, int(state.optimizer.total_notfinite)
+    mark, marked, done, stopped = time.perf_counter(), start, start, None
+    with (
+        saved,
+        checkpoint.Interruption() as interruption,
+        tqdm(total=config.steps, initial=start, disable=config.quiet) as bar,
+    ):
+        for done in range(start + 1, config.steps + 1):
+            state, loss = step_fn(state, train_windows(done - 1))
+            bar.update()
+            stopped = interruption.signal
+            end = done == config.steps
+            validate = end or done % config.val_every == 0
+            save = stopped or end or saved.due(done, config.checkpoint_every)
+            if not (validate or save or done % config.log_every == 0):
+                continue
+
+            value = float(loss)  # waits for the device
+            seconds, timed = seconds + time.perf_counter() - mark, timed + done - marked
+            speed = tokens_a_step * timed / seconds
+            before, skipped = skipped, int(state.optimizer.total_notfinite)
+            if skipped > before:
+                say(f"step {done}: {skipped} steps skipped, their gradient not finite")
+            log.add(
+                "train",
+                step=done,
+                loss=value,
+                learning_rate=float(rate(done - 1 - skipped)),
+                skipped=skipped,
+                tokens=done * tokens_a_step,
+                tokens_per_second=round(speed),
+            )
+            bar.set_postfix_str(f"loss {value:.4f}, {speed:,.0f} tokens/s")
+            if validate:
+                value = sum(float(eval_fn(state.params, w)) for w in val_windows)
+                log.add("val", step=done, loss=value / val_batches)
+                say(
+                    f"step {done}: validation loss {value / val_batches:.4f} ({beside})"
+                )
+            if save:
+                saved.save(done, state)
+            if stopped:
+                break
+            mark, marked = time.perf_counter(), done
+
+    if stopped and done < config.steps:
+        way = saved.hint() if saved else "without a checkpoint"
+        say(f"stopped by {stopped.name} after step {done}, {way}")
+        return {"stopped": stopped.name, "step": done, "records": log.records}
+
+    # A sample, the result, and a plot
+    if config.sample and dataset.tokenizer:
+        prompt = jnp.asarray(dataset.tokenizer.encode(config.prompt.encode()))
+        settings = (config.sample, config.context, config.temperature)
+        gpt = nnx.merge(graph, state.params)
+        tokens = model.generate(gpt, prompt, *settings, jax.random.key(config.seed))
+        text = dataset.tokenizer.decode(tokens.tolist())
+        say(f"--- sample ---\n{config.prompt}{text}\n---")
+    result = {
+        "step": done,
+        "loss": log.last("val")["loss"],
+        "train_loss": log.last("train")["loss"],
+        "skipped": skipped,
+        "seconds": seconds,
+        "compile_seconds": compile_seconds,
+        "tokens_per_second": round(speed),
+        "weights_sha256": record.digest(state.params),
+        "data_sha256": dataset.sha256,
+        "python": about["python"],
+    }
+    log.add("final", **result)
+    if folder:
+        plot.plot([folder, *config.compare], folder / "loss.png")
+    say(
+        f"{config.optimizer}, lr {config.lr}, seed {config.seed}: validation loss "
+        f"{result['loss']:.4f} after {done} steps, {skipped} of them skipped, in "
+        f"{seconds:.1f} s and {compile_seconds:.1f} s to compile ({beside})"
+    )
+    return {**result, "stopped": None, "records": log.records}
+
+
+def main() -> None:
+    result = train(configs.from_command_line())
+    if result["stopped"]:
+        sys.exit(128 + signal.Signals[result["stopped"]])
+
+
+if __name__ == "__main__":
+    main()

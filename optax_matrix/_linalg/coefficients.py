@@ -1,0 +1,369 @@
+"""Named Newton-Schulz coefficient tables, each checked when it is made."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
+
+from optax_matrix import _check
+
+Row = tuple[float, float, float]
+Rows = tuple[Row, ...]
+Normalization = Literal["frobenius", "schatten4", "aol"]
+
+NORMALIZATIONS: tuple[Normalization, ...] = ("frobenius", "schatten4", "aol")
+
+
+def compose(rows: Sequence[Row], sigma: np.ndarray) -> np.ndarray:
+    """Applies ``σ ← aσ + bσ³ + cσ⁵`` row after row, in float64 NumPy.
+
+    This is what the matrix iteration does to every singular value.
+
+    Args:
+      rows: Coefficients ``(a, b, c)``, first applied first.
+      sigma: Singular values, any shape.
+
+    Returns:
+      The mapped values, same shape, float64.
+    """
+    y = np.asarray(sigma, np.float64)
+    for a, b, c in rows:
+        square = y * y
+        y = y * (a + square * (b + square * c))
+    return y
+
+
+@dataclass(frozen=True)
+class CoefficientTable:
+    """A schedule of odd quintics ``p(σ) = aσ + bσ³ + cσ⁵`` and what it promises.
+
+    Making a table checks the promise in float64: ``default_steps`` steps, safety
+    included, map ``domain`` into ``band``, and map the singular values below ``domain``
+    into [0, top of ``band``], so that none changes sign or runs away.
+
+    Args:
+      name: What `resolve` looks the table up by.
+      rows: The published ``(a, b, c)``, first applied first.
+      source: Where the numbers come from.
+      domain: The singular values the promise covers, within (0, 1]. An upper end below
+        1 says that the rows fail above it; `take` then scales the input by it.
+      band: Where ``default_steps`` steps put them.
+      default_steps: Number of steps when none is asked for.
+      repeats_last: Whether more steps than rows repeat the last row.
+      prefix: Whether the first k rows are themselves a schedule of k steps.
+      safety: Default s of ``(a/s, b/s³, c/s⁵)``, at least 1; it shrinks what rounding
+        has pushed past the interval a row was made for. The last row is exempt.
+      normalization: How the input is scaled for σ_max ≤ 1.
+
+    Raises:
+      ValueError: If a row is not three finite numbers, a count or an interval makes no
+        sense, or the promise does not hold.
+    """
+
+    name: str
+    rows: Rows
+    source: str
+    domain: tuple[float, float]
+    band: tuple[float, float]
+    default_steps: int
+    repeats_last: bool = False
+    prefix: bool = False
+    safety: float = 1.0
+    normalization: Normalization = "frobenius"
+
+    def __post_init__(self) -> None:
+        """Checks the table against its own promise."""
+        _as_rows(self.rows, f"table {self.name!r}")
+        _check.one_of("normalization", self.normalization, NORMALIZATIONS)
+        low, high = self.domain
+        if not 0.0 < low < high <= 1.0:
+            raise ValueError(
+                f"The `domain` of table {self.name!r} must satisfy 0 < low < high <= 1,"
+                f" got {self.domain}."
+            )
+        rows = self.take(self.default_steps)
+
+        # Even spacing resolves the turns of the map, log spacing its rise from 0.
+        inside = np.concatenate(
+            [np.geomspace(low, high, 2001), np.linspace(low, high, 2001)]
+        )
+        mapped = compose(rows, inside / high)
+        if not (self.band[0] <= mapped.min() and mapped.max() <= self.band[1]):
+            raise ValueError(
+                f"Table {self.name!r} claims to map {self.domain} into {self.band}, but"
+                f" maps it onto [{mapped.min():.6f}, {mapped.max():.6f}]."
+            )
+        below = compose(rows, np.geomspace(1e-9, low, 1001) / high)
+        if below.min() < 0.0 or below.max() > self.band[1]:
+            raise ValueError(
+                f"Table {self.name!r} maps singular values below {low:g} onto"
+                f" [{below.min():.6f}, {below.max():.6f}], outside [0, {self.band[1]}]."
+            )
+
+    def take(self, steps: int | None = None, safety: float | None = None) -> Rows:
+        """Returns the rows of a run of `steps` steps on singular values in [0, 1].
+
+        Args:
+          steps: Number of steps, at least 1; None is ``default_steps``.
+          safety: s, at least 1; None is the table's own. Takes effect on every row but
+            the table's last.
+
+        Returns:
+          `steps` rows: the published ones but for `safety` and, where ``domain`` ends
+          below 1, the first one rescaled to take an input that ends at 1.
+
+        Raises:
+          ValueError: If the table has no run of `steps` steps, or `safety` is below 1.
+          TypeError: If `steps` is not an int.
+        """
+        length = len(self.rows)
+        if steps is None:
+            steps = self.default_steps
+        _check.static_int("steps", steps, 1)
+        too_long = steps > length and not self.repeats_last
+        too_short = steps < length and not self.prefix
+        if too_long or too_short:
+            wanted = f"steps<={length}" if self.prefix else f"steps={length}"
+            raise ValueError(
+                f"`coefficients={self.name!r}` is a {length}-step table; got "
+                f"`steps={steps}`. Pass `{wanted}`, or a table of your own."
+            )
+        s = self.safety if safety is None else safety
+        _check.in_range("safety", s, 1.0)
+
+        scaled = [(a / s, b / s**3, c / s**5) for a, b, c in self.rows[:-1]]
+        rows = [*scaled, self.rows[-1]][:steps]
+        rows += [self.rows[-1]] * (steps - len(rows))
+        h = self.domain[1]
+        a, b, c = rows[0]
+        rows[0] = (a * h, b * h**3, c * h**5)
+        return tuple(rows)
+
+
+def _as_rows(rows: Sequence[Sequence[float]], name: str) -> Rows:
+    """Returns `rows` as a tuple of float triples, or raises naming `name`."""
+    try:
+        triples = tuple(tuple(float(v) for v in row) for row in rows)
+    except TypeError:
+        triples = ()
+    if not triples or not all(len(t) == 3 and all(map(isfinite, t)) for t in triples):
+        raise ValueError(
+            f"{name} must be one or more rows of three finite numbers (a, b, c), got "
+            f"{rows!r}."
+        )
+    return tuple((a, b, c) for a, b, c in triples)
+
+
+_JORDAN = CoefficientTable(
+    name="jordan",
+    rows=((3.4445, -4.7750, 2.0315),),
+    source="Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/",
+    # Rises steeply and then circles around 1 without settling.
+    domain=(2e-3, 1.0),
+    band=(0.681, 1.203),
+    default_steps=5,
+    repeats_last=True,
+)
+
+_QUINTIC = CoefficientTable(
+    name="quintic",
+    rows=(
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ),
+    source=(
+        "You Jiacheng, 2025, "
+        "https://github.com/KellerJordan/modded-nanogpt/pull/43 and later; "
+        "`dion` in optax.contrib, `quintic` in NVIDIA Emerging-Optimizers"
+    ),
+    domain=(3e-3, 1.0),
+    band=(0.977, 1.146),
+    default_steps=5,
+)
+
+_POLAR_EXPRESS = CoefficientTable(
+    name="polar_express",
+    rows=(
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+        (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+        (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+        (1.875, -1.25, 0.375),
+    ),
+    source=(
+        "Amsel et al., 2025, https://arxiv.org/abs/2505.16932, algorithm 1 and its "
+        "listing: safety 1.01 on every row but the last, which repeats"
+    ),
+    domain=(1e-3, 1.0),
+    band=(0.9999, 1.0001),
+    default_steps=8,
+    repeats_last=True,
+    # Each row is the best one for the interval which those before it leave.
+    prefix=True,
+    safety=1.01,
+)
+
+_CANS = CoefficientTable(
+    name="cans",
+    rows=(
+        (8.4703, -25.1081, 18.6293),
+        (4.1828, -3.1087, 0.5806),
+        (3.9619, -2.9541, 0.5630),
+        (3.2866, -2.4647, 0.5074),
+        (2.2737, -1.6447, 0.4162),
+    ),
+    source=(
+        "Grishina et al., 2025, https://arxiv.org/abs/2506.10935 (Remez on the interval "
+        "the rows before leave), as tabulated in NVIDIA Emerging-Optimizers"
+    ),
+    domain=(1e-3, 1.0),
+    # No safety as published: in bfloat16 it overshoots and diverges, with 1.01 it holds.
+    band=(0.884, 1.120),
+    default_steps=5,
+    repeats_last=True,
+    prefix=True,
+)
+
+_AOL = CoefficientTable(
+    name="aol",
+    rows=(
+        (4.0098, -7.0585, 2.4635),
+        (3.4585, -5.5479, 2.5959),
+        (2.7573, -3.2939, 1.4254),
+        (2.7215, -3.0494, 1.3169),
+    ),
+    source=(
+        "Boissin et al., 2025, https://arxiv.org/abs/2512.04632 (Turbo-Muon), rows from "
+        "https://github.com/thib-s/flash-newton-schulz"
+    ),
+    # The first row changes sign at 0.884, and AOL leaves σ near 1 wherever the rows of
+    # the matrix are nearly orthogonal: as published, a 1×n input comes out negated.
+    domain=(0.015, 0.85),
+    band=(0.987, 1.085),
+    default_steps=4,
+    normalization="aol",
+)
+
+_TRACK3 = CoefficientTable(
+    name="track3",
+    rows=((2.0, -1.5, 0.5),),
+    source=(
+        "Jordan et al., 2025, https://github.com/KellerJordan/modded-nanogpt, "
+        "records/track_3_optimization/train_gpt_simple.py"
+    ),
+    domain=(5e-4, 1.0),
+    band=(0.996, 1.002),
+    default_steps=12,
+    repeats_last=True,
+)
+
+_CUBIC = CoefficientTable(
+    name="cubic",
+    rows=((1.5, -0.5, 0.0),),
+    source=(
+        "Björck and Bowie, 1971, https://doi.org/10.1137/0708036; Higham, 2008, "
+        "Functions of Matrices, section 8.3: the classical Newton-Schulz iteration"
+    ),
+    domain=(1e-3, 1.0),
+    band=(0.9999, 1.0001),
+    default_steps=20,
+    repeats_last=True,
+)
+
+_CUBIC5 = CoefficientTable(
+    name="cubic5",
+    rows=(
+        (3.3656576, -3.3420992, 0.0),
+        (2.5744352, -1.4957376, 0.0),
+        (2.5368962, -1.4312570, 0.0),
+        (2.4418906, -1.2764040, 0.0),
+        (2.2230472, -0.9630650, 0.0),
+    ),
+    source=(
+        "https://arxiv.org/abs/2606.00371, relaxed cubic schedule, as tabulated in "
+        "NVIDIA Emerging-Optimizers"
+    ),
+    domain=(7e-3, 1.0),
+    band=(0.739, 1.301),
+    default_steps=5,
+)
+
+TABLES: Mapping[str, CoefficientTable] = MappingProxyType(
+    {
+        table.name: table
+        for table in (
+            _JORDAN,
+            _QUINTIC,
+            _POLAR_EXPRESS,
+            _CANS,
+            _AOL,
+            _TRACK3,
+            _CUBIC,
+            _CUBIC5,
+        )
+    }
+)
+
+
+def resolve(
+    coefficients: str | Sequence[Sequence[float]],
+    steps: int | None = None,
+    safety: float | None = None,
+) -> Rows:
+    """Turns a table's name, or rows of one's own, into the rows of a run.
+
+    A count that the method does not define raises; the number of steps never changes
+    silently.
+
+    Args:
+      coefficients: A key of `TABLES`, or rows ``(a, b, c)``, first applied first. A
+        single row is repeated; more are taken as they are.
+      steps: Number of steps, at least 1. None is the table's own number.
+      safety: s of ``(a/s, b/s³, c/s⁵)``, at least 1, for the tables made interval by
+        interval (``"polar_express"``, default 1.01, and ``"cans"``, default 1); larger
+        tolerates coarser rounding, and small singular values rise more slowly.
+
+    Returns:
+      `steps` rows of Python floats, for singular values in [0, 1].
+
+    Raises:
+      ValueError: If the name is unknown, a row is not three finite numbers, the table
+        has no run of `steps` steps, or `safety` is given for another table or for rows of one's own.
+      TypeError: If `steps` is not an int.
+    """
+    if isinstance(coefficients, str):
+        _check.one_of("coefficients", coefficients, tuple(TABLES))
+        table = TABLES[coefficients]
+        if safety is not None and not table.prefix:
+            raise ValueError(
+                f"`coefficients={coefficients!r}` takes no safety factor; got "
+                f"`safety={safety}`. Leave it None, or divide rows of your own."
+            )
+        return table.take(steps, safety)
+
+    rows = _as_rows(coefficients, "`coefficients`")
+    if safety is not None:
+        raise ValueError(
+            f"`safety` belongs to named tables; got `safety={safety}` with rows of your"
+            " own. Leave it None, or divide the rows."
+        )
+    if steps is None:
+        return rows
+    _check.static_int("steps", steps, 1)
+    if len(rows) == 1:
+        return rows * steps
+    if steps != len(rows):
+        raise ValueError(
+            f"`coefficients` has {len(rows)} rows; got `steps={steps}`. Pass "
+            f"`steps={len(rows)}` or None, or as many rows as steps."
+        )
+    return rows

@@ -1,0 +1,243 @@
+"""How to orthogonalize, as a value: one small frozen object per method."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jax import Array
+from jax.typing import DTypeLike
+
+from optax_matrix import _check
+from optax_matrix._linalg import numerics
+from optax_matrix._linalg.coefficients import (
+    NORMALIZATIONS,
+    TABLES,
+    Normalization,
+    Rows,
+    resolve,
+)
+from optax_matrix._linalg.exact import DECOMPOSITIONS, Decomposition, exact_polar
+from optax_matrix._linalg.halley import halley
+from optax_matrix._linalg.newton_schulz import METHODS, Method, newton_schulz
+from optax_matrix._linalg.numerics import Precision
+
+_FACTORIZABLE = ("float32", "float64")
+_MULTIPLIABLE = ("bfloat16", "float16", *_FACTORIZABLE)
+
+
+@runtime_checkable
+class PolarMethod(Protocol):
+    """Anything that orthogonalizes the last two axes; hashable, and not callable.
+
+    Not callable, since `optax.inject_hyperparams` takes a callable for a schedule.
+    """
+
+    def polar(self, x: Array) -> Array:
+        """Returns the (approximate) polar factor of each matrix of (..., m, n)."""
+        ...
+
+
+@dataclass(frozen=True)
+class NewtonSchulz:
+    """Orthogonalizes by Newton-Schulz over a named table or rows of one's own.
+
+    Args:
+      steps: Number of steps, at least 1; fewer orthogonalize less. None is the table's
+        own number: 5 for ``"jordan"``. A count that the table does not define raises.
+      coefficients: A key of `coefficients.TABLES`, or rows ``(a, b, c)``.
+      method: ``"plain"``, ``"gram"``, or ``"auto"`` for the one with fewer FLOPs.
+      safety: s ≥ 1 of ``(a/s, b/s³, c/s⁵)`` on all rows but the table's last, for
+        ``"polar_express"`` (None is 1.01) and ``"cans"`` (None is 1, as published, which
+        diverges in bfloat16; 1.01 does not).
+      normalization: ``"frobenius"``, ``"schatten4"`` or ``"aol"``; None is the one the
+        table was made for, Frobenius for rows of one's own.
+      dtype: Type of the products: bfloat16, float16, float32 or float64. None is
+        float64 for float64 input and else float32.
+      precision: Of the matmuls: None, ``"default"``, ``"high"``, ``"highest"`` or a
+        `jax.lax.DotAlgorithmPreset`. None is JAX's default.
+
+    Raises:
+      ValueError: If an argument is not one of the above.
+      TypeError: If `steps` is not an int.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x = jnp.array([[3.0, 0.0, 0.0], [0.0, 0.5, 0.0]])
+      >>> print(NewtonSchulz(coefficients="polar_express").polar(x).round(2))
+      [[1. 0. 0.]
+       [0. 1. 0.]]
+
+    See `newton_schulz.newton_schulz` for the mathematics, cost and references.
+    """
+
+    steps: int | None = None
+    coefficients: str | Sequence[Sequence[float]] = "jordan"
+    method: Method = "auto"
+    safety: float | None = None
+    normalization: Normalization | None = None
+    dtype: DTypeLike | None = None
+    precision: Precision | str = None
+
+    def __post_init__(self) -> None:
+        """Checks the arguments and stores them in hashable form."""
+        rows = self.rows
+        if not isinstance(self.coefficients, str):
+            # As given, not resolved, so that `dataclasses.replace` can change `steps`.
+            given = rows[: len(self.coefficients)]
+            object.__setattr__(self, "coefficients", given)
+        _check.one_of("method", self.method, METHODS)
+        _check.one_of("normalization", self.normalization, (None, *NORMALIZATIONS))
+        _store_types(self, self.dtype, self.precision, _MULTIPLIABLE)
+
+    @property
+    def rows(self) -> Rows:
+        """The coefficients of the run, one row a step."""
+        return resolve(self.coefficients, self.steps, self.safety)
+
+    def polar(self, x: Array) -> Array:
+        """Orthogonalizes each matrix of (..., m, n); see `newton_schulz`."""
+        normalization = self.normalization
+        if normalization is None and isinstance(self.coefficients, str):
+            normalization = TABLES[self.coefficients].normalization
+        return newton_schulz(
+            x,
+            self.rows,
+            normalization=normalization or "frobenius",
+            method=self.method,
+            dtype=numerics.as_dtype(self.dtype, _MULTIPLIABLE),
+            precision=numerics.as_precision(self.precision),
+        )
+
+
+@dataclass(frozen=True)
+class Halley:
+    """Orthogonalizes by Halley's rational iteration; two large products a step.
+
+    Args:
+      lower_bound: ℓ, in (0, 1]: the smallest singular value that matters, relative to
+        the Schatten-4 norm. Its float32 error grows as it falls: 1e-5, 2e-4 and 4e-3
+        at 1e-2, 1e-3 and 1e-4.
+      steps: Number of steps, at least 1.
+      dtype: Type of the products: float32 or float64. None is float64 for float64 input
+        and else float32.
+      precision: Of the matmuls, as in `NewtonSchulz`.
+
+    Raises:
+      ValueError: If an argument is not one of the above.
+      TypeError: If `steps` is not an int or `lower_bound` not a number.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x = jnp.array([[3.0, 0.0, 0.0], [0.0, 0.5, 0.0]])
+      >>> print(Halley(lower_bound=0.1, steps=2).polar(x).round(2))
+      [[1. 0. 0.]
+       [0. 1. 0.]]
+
+    See `halley.halley` for the mathematics, cost and references.
+    """
+
+    lower_bound: float = 1e-3
+    steps: int = 1
+    dtype: DTypeLike | None = None
+    precision: Precision | str = "highest"
+
+    def __post_init__(self) -> None:
+        """Checks the arguments and stores them in hashable form."""
+        bound = self.lower_bound
+        if isinstance(bound, bool) or not isinstance(bound, int | float):
+            raise TypeError(
+                "`lower_bound` fixes the program and must be a Python number, got "
+                f"{bound!r}."
+            )
+        if not 0.0 < bound <= 1.0:
+            raise ValueError(f"`lower_bound` must lie in (0, 1], got {bound!r}.")
+        _check.static_int("steps", self.steps, 1)
+        _store_types(self, self.dtype, self.precision, _FACTORIZABLE)
+
+    def polar(self, x: Array) -> Array:
+        """Orthogonalizes each matrix of (..., m, n); see `halley`."""
+        return halley(
+            x,
+            lower_bound=self.lower_bound,
+            steps=self.steps,
+            dtype=numerics.as_dtype(self.dtype, _FACTORIZABLE),
+            precision=numerics.as_precision(self.precision),
+        )
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Orthogonalizes by SVD or eigendecomposition: slow, for reference and tests.
+
+    Args:
+      method: ``"svd"``, or ``"eigh"`` of the smaller Gram matrix.
+      dtype: Type of the decomposition: float32 or float64. None is float64 for float64
+        input and else float32.
+      precision: Of the matmuls, as in `NewtonSchulz`.
+
+    Raises:
+      ValueError: If an argument is not one of the above.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x = jnp.array([[0.0, 2.0, 0.0], [0.0, 0.0, 0.0]])  # rank 1
+      >>> print(jnp.abs(Exact().polar(x)))
+      [[0. 1. 0.]
+       [0. 0. 0.]]
+
+    See `exact.exact_polar` for the mathematics, cost and references.
+    """
+
+    method: Decomposition = "svd"
+    dtype: DTypeLike | None = None
+    precision: Precision | str = "highest"
+
+    def __post_init__(self) -> None:
+        """Checks the arguments and stores them in hashable form."""
+        _check.one_of("method", self.method, DECOMPOSITIONS)
+        _store_types(self, self.dtype, self.precision, _FACTORIZABLE)
+
+    def polar(self, x: Array) -> Array:
+        """Orthogonalizes each matrix of (..., m, n); see `exact_polar`."""
+        return exact_polar(
+            x,
+            method=self.method,
+            dtype=numerics.as_dtype(self.dtype, _FACTORIZABLE),
+            precision=numerics.as_precision(self.precision),
+        )
+
+
+_NAMED = {"newton_schulz": NewtonSchulz, "halley": Halley, "exact": Exact}
+
+
+def as_method(value: str | PolarMethod) -> PolarMethod:
+    """Returns the method a name stands for; a method passes.
+
+    Args:
+      value: ``"newton_schulz"``, ``"halley"`` or ``"exact"``, each with its defaults,
+        or an object with a ``polar`` method.
+
+    Raises:
+      ValueError: If the name is unknown.
+      TypeError: If `value` is neither a name nor a method, or is a class.
+    """
+    if isinstance(value, str):
+        _check.one_of("method", value, tuple(_NAMED))
+        return _NAMED[value]()
+    if isinstance(value, type) or not isinstance(value, PolarMethod):
+        raise TypeError(
+            "`method` must be a name or an object with a `polar` method, such as "
+            f"`NewtonSchulz()`, got {value!r}."
+        )
+    return value
+
+
+def _store_types(
+    method: NewtonSchulz | Halley | Exact,
+    dtype: DTypeLike | None,
+    precision: Precision | str,
+    allowed: tuple[str, ...],
+) -> None:
+    """Stores dtype and precision in hashable form on a frozen instance."""
+    object.__setattr__(method, "dtype", numerics.as_dtype(dtype, allowed))
+    object.__setattr__(method, "precision", numerics.as_precision(precision))

@@ -1,0 +1,24 @@
+"""The named optimizers: chains of transforms, each its own definition."""
+
+from optax_matrix._optimizers.hopper import adamuon, hopper
+from optax_matrix._optimizers.hyperball import adamh, muonh
+from optax_matrix._optimizers.muon import muon, muonw
+from optax_matrix._optimizers.normuon import normuon
+from optax_matrix._optimizers.registry import (
+    MATRIX_OPTIMIZERS,
+    OPTIMIZERS,
+    make_optimizer,
+)
+
+__all__ = [
+    "MATRIX_OPTIMIZERS",
+    "OPTIMIZERS",
+    "adamh",
+    "adamuon",
+    "hopper",
+    "make_optimizer",
+    "muon",
+    "muonh",
+    "muonw",
+    "normuon",
+]

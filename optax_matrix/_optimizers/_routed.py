@@ -1,0 +1,89 @@
+"""What all matrix optimizers share: who takes the leaves that are not matrices."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+
+from optax_matrix import _check, _layout, _routing, _transforms
+
+Auxiliary = optax.GradientTransformation | Mapping[str, Any] | None
+
+
+def routed(
+    matrix: Callable[[_layout.Layout], optax.GradientTransformation],
+    *,
+    learning_rate: optax.ScalarOrSchedule,
+    routing: _routing.Routing,
+    auxiliary: Auxiliary,
+    auxiliary_learning_rate: optax.ScalarOrSchedule | None,
+) -> optax.GradientTransformationExtraArgs:
+    """`matrix` for the hidden matrices, the auxiliary optimizer for the rest."""
+    _check.rate_or_schedule("learning_rate", learning_rate)
+    if auxiliary_learning_rate is not None:
+        _check.rate_or_schedule("auxiliary_learning_rate", auxiliary_learning_rate)
+    rest = _auxiliary(auxiliary, auxiliary_learning_rate, learning_rate)
+    matrix(None)  # The stages check their arguments now, not at `init`.
+    return _routing.partition(matrix, rest, routing)
+
+
+def _auxiliary(
+    auxiliary: Auxiliary,
+    auxiliary_learning_rate: optax.ScalarOrSchedule | None,
+    learning_rate: optax.ScalarOrSchedule,
+) -> optax.GradientTransformation:
+    if isinstance(auxiliary, optax.GradientTransformation):
+        if auxiliary_learning_rate is not None:
+            raise ValueError(
+                "`auxiliary_learning_rate` has no effect on an `auxiliary` that is a "
+                "transformation: give it its learning rate, or pass its settings as "
+                "a dict."
+            )
+        return auxiliary
+    # As in nanoGPT's line of recipes; b2 of 0.999 forgets too slowly for short runs.
+    settings = {"b1": 0.9, "b2": 0.95, "weight_decay": 0.0}
+    given = dict(auxiliary or {})
+    known = set(inspect.signature(optax.adamw).parameters) - {"learning_rate"}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(
+            f"`auxiliary` has settings that optax.adamw does not take: {unknown}. "
+            f"It takes {sorted(known)}; its learning rate is `auxiliary_learning_rate`."
+        )
+    rate = learning_rate if auxiliary_learning_rate is None else auxiliary_learning_rate
+    return optax.adamw(rate, **(settings | given))
+
+
+def decayed(weight_decay: Any) -> optax.GradientTransformation:
+    """Decoupled weight decay; nothing, and no need of parameters, for a plain 0."""
+    _check.in_range("weight_decay", weight_decay, 0.0)
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        return optax.identity()
+    return optax.add_decayed_weights(weight_decay)
+
+
+def shaped(
+    rule: _transforms.ShapeScale | None, layout: _layout.Layout
+) -> optax.GradientTransformation:
+    """The factor of the shape; nothing for None."""
+    if rule is None:
+        return optax.identity()
+    return _transforms.scale_by_shape(rule, layout=layout)
+
+
+def rms_matched(
+    rms: Any, layout: _layout.Layout
+) -> optax.GradientTransformation:
+    """Entries of a given RMS; nothing for None."""
+    if rms is None:
+        return optax.identity()
+    return _transforms.match_rms(rms, layout=layout)
+
+
+def adam_direction(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
+    """Adam's update before the learning rate, its settings checked."""
+    _check.in_range("b1", b1, 0.0, 1.0)
+    _check.in_range("b2", b2, 0.0, 1.0)
+    _check.in_range("eps", eps, 0.0, low_open=True)
+    return optax.scale_by_adam(b1=b1, b2=b2, eps=eps)

@@ -1,0 +1,86 @@
+"""Every rung of the ladder from SGD to MuonH by its name."""
+
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+
+from optax_matrix._optimizers.hopper import adamuon, hopper
+from optax_matrix._optimizers.hyperball import adamh, muonh
+from optax_matrix._optimizers.muon import muon, muonw
+from optax_matrix._optimizers.normuon import normuon
+
+Factory = Callable[..., optax.GradientTransformation]
+
+
+def momentum(
+    learning_rate: optax.ScalarOrSchedule, momentum: float = 0.9
+) -> optax.GradientTransformation:
+    """`optax.sgd` with heavy-ball momentum."""
+    return optax.sgd(learning_rate, momentum=momentum)
+
+
+def adam_l2(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float = 1e-4, **settings: Any
+) -> optax.GradientTransformation:
+    """`optax.adam` with an L2 penalty: the decay is added to the gradient.
+
+    Unlike AdamW's it passes through the moments, so large gradients are decayed less.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay), optax.adam(learning_rate, **settings)
+    )
+
+
+_ELEMENTWISE: Mapping[str, Factory] = {
+    "sgd": optax.sgd,
+    "momentum": momentum,
+    "adagrad": optax.adagrad,
+    "rmsprop": optax.rmsprop,
+    "adam": optax.adam,
+    "adam_l2": adam_l2,
+    "adamw": optax.adamw,
+    "sign_sgd": optax.sign_sgd,
+    "lion": optax.lion,
+}
+_MATRIX: Mapping[str, Factory] = {
+    factory.__name__: factory
+    for factory in (muon, muonw, muonh, adamh, adamuon, normuon, hopper)
+}
+
+MATRIX_OPTIMIZERS: frozenset[str] = frozenset(_MATRIX)
+"""The names of those that route: they take `routing` and `auxiliary`."""
+
+OPTIMIZERS: Mapping[str, Factory] = types.MappingProxyType(
+    {**_ELEMENTWISE, **_MATRIX}
+)
+"""Name to factory, from SGD upwards; each takes the learning rate first."""
+
+
+def make_optimizer(
+    name: str, learning_rate: optax.ScalarOrSchedule, **settings: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Builds the optimizer of that name.
+
+    Args:
+      name: A key of `OPTIMIZERS`.
+      learning_rate: A number or a schedule, in the units of that optimizer.
+      **settings: What else its factory takes. Those in `MATRIX_OPTIMIZERS` take
+        ``routing``, ``auxiliary`` and ``auxiliary_learning_rate``.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: For an unknown name, listing the known ones.
+      TypeError: For a setting that its factory does not take.
+
+    Example:
+      >>> tx = make_optimizer("muon", 0.02, auxiliary_learning_rate=3e-3)
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(
+            f"`name` must be one of {', '.join(OPTIMIZERS)}, got {name!r}."
+        )
+    return optax.with_extra_args_support(OPTIMIZERS[name](learning_rate, **settings))

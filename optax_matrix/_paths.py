@@ -1,0 +1,119 @@
+"""Names of leaves, and trees of labels matched to a tree by name."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.tree_util import GetAttrKey, keystr
+
+
+def segments(key_path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Returns the keys of a path as strings, without a box's own last key.
+
+    Flax boxes (NNX `Variable`, Linen `Partitioned`) are pytree nodes whose only child
+    is the attribute `value`. NNX hands `tx.init` boxed parameters and `tx.update` bare
+    ones; without that key both have the same names.
+    """
+    if key_path and key_path[-1] == GetAttrKey("value"):
+        key_path = key_path[:-1]
+    return tuple(keystr((key,), simple=True) for key in key_path)
+
+
+def path_name(key_path: tuple[Any, ...]) -> str:
+    """Returns a leaf's name, as in ``blocks/0/attn/query/kernel``."""
+    return "/".join(segments(key_path))
+
+
+def _is_empty(node: Any) -> bool:
+    return jax.tree.structure(node).num_leaves == 0
+
+
+class Place(NamedTuple):
+    """A leaf of a tree, or an empty node: None, `optax.MaskedNode`, ``{}``."""
+
+    segments: tuple[str, ...]
+    leaf: Any
+    empty: bool
+
+    @property
+    def name(self) -> str:
+        """The segments joined by slashes."""
+        return "/".join(self.segments)
+
+
+def places(tree: Any) -> list[Place]:
+    """Returns the leaves of `tree` in order, the empty nodes among them."""
+    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
+    return [Place(segments(path), leaf, _is_empty(leaf)) for path, leaf in found]
+
+
+def is_function(spec: Any) -> bool:
+    """Whether `spec` is a function, and not a pytree that happens to be callable."""
+    return callable(spec) and jax.tree_util.all_leaves([spec])
+
+
+class Match(NamedTuple):
+    """What a tree of labels says of one leaf."""
+
+    place: Place
+    entry: Any
+    prefix: bool  # the entry names a subtree the leaf is in, not the leaf itself
+
+
+def match(
+    entries: Any, tree: Any, argument: str, is_entry: Callable[[Any], bool]
+) -> list[Match]:
+    """Matches a tree of entries, or a prefix of one, to the leaves of `tree` by name.
+
+    The nearest entry above a leaf counts. Names rather than tree structures are
+    compared, so one tree of entries serves boxed and bare parameters.
+
+    Args:
+      entries: The tree of entries.
+      tree: The tree whose leaves need one each.
+      argument: What `entries` is called in error messages.
+      is_entry: Whether a node of `entries` is an entry, though it is a container.
+
+    Returns:
+      One match per leaf, in order.
+
+    Raises:
+      ValueError: If a leaf has no entry, or an entry has nothing to apply to.
+    """
+
+    def stops(node: Any) -> bool:
+        return node is None or is_entry(node)
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(entries, is_leaf=stops)
+    table = {segments(path): entry for path, entry in flat}
+    unused = {path for path, entry in table.items() if entry is not None}
+    matches, missing = [], []
+    for place in places(tree):
+        keys = place.segments
+        depths = [d for d in range(len(keys), -1, -1) if keys[:d] in table]
+        unused -= {keys[:d] for d in depths}
+        if place.empty:
+            # Whatever a full tree says below a masked node goes with the node.
+            unused = {path for path in unused if path[: len(keys)] != keys}
+        elif depths:
+            entry = table[keys[: depths[0]]]
+            matches.append(Match(place, entry, prefix=depths[0] < len(keys)))
+        else:
+            missing.append(f"'{place.name}'")
+    problems = []
+    if missing:
+        problems.append(f"no entry for {_some(missing)}")
+    if unused:
+        names = sorted(f"'{'/'.join(path)}'" for path in unused)
+        problems.append(f"an entry where the tree has no leaf, at {_some(names)}")
+    if problems:
+        raise ValueError(
+            f"`{argument}` has {' and '.join(problems)}. It must have the structure of "
+            "the tree it describes, or of a prefix of it."
+        )
+    return matches
+
+
+def _some(names: list[str], limit: int = 10) -> str:
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,352 @@
+"""Which leaf takes which optimizer, and the table that shows it."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_matrix import _layout, _paths, _rules
+from optax_matrix._layout import MatrixLayout, MuonDimensionNumbers
+
+# What a predicate or a tree of labels may say of a leaf.
+Label: TypeAlias = MatrixLayout | MuonDimensionNumbers | bool | str | None
+# None (the default rules), a predicate on (path, leaf), or a pytree (prefix) of labels.
+Routing: TypeAlias = Callable[[str, Any], Label] | Label | Any
+
+_LISTED = 10
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return tuple(jnp.shape(leaf)) if hasattr(leaf, "dtype") else ()
+
+
+def _is_entry(node: Any) -> bool:
+    return isinstance(node, MuonDimensionNumbers | optax.MaskedNode)
+
+
+def _from_label(label: Any, reason: str, path: str) -> _rules.Decision:
+    """The decision a label states; None is auxiliary, as in `optax.contrib.muon`."""
+    if isinstance(label, MatrixLayout | MuonDimensionNumbers):
+        return _rules.Decision("matrix", reason, _layout.as_layout(label))
+    if label is True or (isinstance(label, str) and label == "matrix"):
+        return _rules.Decision("matrix", reason, MatrixLayout())
+    if label is None or label is False:
+        return _rules.Decision("auxiliary", reason)
+    if isinstance(label, str) and label == "auxiliary":
+        return _rules.Decision("auxiliary", reason)
+    raise ValueError(
+        f"`routing` must say 'matrix', 'auxiliary', True, False, None, a `MatrixLayout` "
+        f"or a `MuonDimensionNumbers` of each leaf, got {label!r} at '{path}'."
+    )
+
+
+def _by_predicate(
+    predicate: Callable[[str, Any], Label], places: list[_paths.Place]
+) -> list[_rules.Decision]:
+    defaults = _by_rules(places)
+    decisions = []
+    for place, default in zip(places, defaults, strict=True):
+        label = predicate(place.name, place.leaf)
+        if label is None:
+            decisions.append(default)
+            continue
+        decision = _from_label(label, "routing function", place.name)
+        if decision.optimizer == "matrix" and len(_shape(place.leaf)) < 2:
+            decision = _rules.Decision("auxiliary", "fewer than 2 axes")
+        decisions.append(decision)
+    return decisions
+
+
+def _by_tree(routing: Any, params: Any) -> list[_rules.Decision]:
+    decisions = []
+    for place, label, prefix in _paths.match(routing, params, "routing", _is_entry):
+        if isinstance(label, optax.MaskedNode):
+            label = None  # as in the tree `partition` hands on
+        decision = _from_label(label, "routing tree", place.name)
+        # A label for a whole module means its matrices.
+        below = prefix and len(_shape(place.leaf)) < 2
+        if decision.optimizer == "matrix" and below:
+            decision = _rules.Decision("auxiliary", "fewer than 2 axes")
+        decisions.append(decision)
+    return decisions
+
+
+def _by_rules(places: list[_paths.Place]) -> list[_rules.Decision]:
+    leaves = [
+        # Haiku's keys, and some of Linen's, have slashes of their own.
+        _rules.Leaf(tuple("/".join(p.segments).split("/")), _shape(p.leaf))
+        for p in places
+    ]
+    return _rules.decide(leaves)
+
+
+def _decide(
+    params: Any, routing: Routing
+) -> list[tuple[_paths.Place, _rules.Decision, _layout.MatrixView | None]]:
+    """Every leaf's place, decision, and matrix view if it has one; raises if unsure."""
+    places = [place for place in _paths.places(params) if not place.empty]
+    if routing is None:
+        decisions = _by_rules(places)
+    elif _paths.is_function(routing):
+        decisions = _by_predicate(routing, places)
+    else:
+        decisions = _by_tree(routing, params)
+    rows = list(zip(places, decisions, strict=True))
+    unsure = [row for row in rows if row[1].optimizer == "ambiguous"]
+    if unsure:
+        raise ValueError(_ambiguity(unsure))
+    return [
+        (place, decision, _layout.view(_shape(place.leaf), decision.layout, place.name))
+        if decision.optimizer == "matrix"
+        else (place, decision, None)
+        for place, decision in rows
+    ]
+
+
+def _ambiguity(unsure: list[tuple[_paths.Place, _rules.Decision]]) -> str:
+    lines = [
+        f"  '{place.name}' {_shape(place.leaf)}: {decision.reason}"
+        for place, decision in unsure[:_LISTED]
+    ]
+    if len(unsure) > _LISTED:
+        lines.append(f"  and {len(unsure) - _LISTED} more")
+    first, ndim = unsure[0][0].name, len(_shape(unsure[0][0].leaf))
+    label = "'matrix'"
+    if ndim > 2:
+        inputs = tuple(range(ndim - 1))
+        label = f"om.MatrixLayout(inputs={inputs}, outputs={ndim - 1})"
+    return "\n".join(
+        [
+            "The default rules cannot tell which optimizer these leaves take, or which "
+            "of their axes are inputs and outputs:",
+            *lines,
+            "Pass `routing`: a function of the path and the leaf, None for the default "
+            "rule,",
+            f"  routing=lambda path, leaf: {label} if path == {first!r} else None",
+            "or a tree (or prefix) with a label per leaf,",
+            "  routing=jax.tree.map("
+            "lambda leaf: 'matrix' if leaf.ndim == 2 else 'auxiliary', params)",
+            "'matrix' reads the last two axes as (in, out); Equinox's and PyTorch's "
+            "weights are (out, in),",
+            "  routing=lambda path, leaf: om.MatrixLayout(inputs=-1, outputs=-2)",
+        ]
+    )
+
+
+def route(params: Any, routing: Routing = None) -> Any:
+    """Decides for every leaf whether it takes the matrix or the auxiliary optimizer.
+
+    By default Flax's names and shapes decide: embeddings, output heads, biases, norms
+    and anything of fewer than two axes are auxiliary, a `kernel` is a matrix. A kernel
+    of three or more axes needs evidence of how to read them: the name of its module
+    (attention, convolution, dense, experts), the shape of the bias beside it, or norms
+    beside it whose leading axes are a stack of layers. Other names say nothing about
+    inputs and outputs. A leaf that could be either raises.
+
+    Args:
+      params: The whole tree of parameters, or of their shapes: siblings are evidence.
+      routing: None for the default rules. A function from (path, leaf) to "matrix" or
+        True (last two axes), "auxiliary" or False, a `MatrixLayout`, an
+        `optax.contrib.MuonDimensionNumbers`, or None (the default rule for this leaf);
+        a leaf of fewer than two axes is auxiliary whatever it returns. Or a tree
+        (prefix) of such labels, where None is auxiliary, as in
+        `optax.contrib.muon(muon_weight_dimension_numbers=...)`; a label for a subtree
+        leaves its leaves of fewer than two axes auxiliary.
+
+    Returns:
+      A tree like `params` of `MatrixLayout`s and the string "auxiliary".
+
+    Raises:
+      ValueError: If leaves are ambiguous (all are listed), a label is none, `routing`
+        does not match `params`, or a layout does not fit its leaf.
+
+    Example:
+      >>> params = {"Dense_0": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
+      >>> route(params)["Dense_0"]["bias"]
+      'auxiliary'
+    """
+    return _labels(params, _decide(params, routing), "auxiliary")
+
+
+def _labels(params: Any, rows: list[Any], auxiliary: Any) -> Any:
+    layouts = [
+        auxiliary if decision.layout is None else decision.layout
+        for _, decision, _ in rows
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), layouts)
+
+
+def partition(
+    matrix: Callable[[Any], optax.GradientTransformation],
+    auxiliary: optax.GradientTransformation,
+    routing: Routing = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Gives matrices to one optimizer and every other leaf to another.
+
+    The whole tree is routed when `init` or `update` is traced, from paths and shapes
+    alone, so the boxed parameters `flax.nnx.Optimizer` passes to `init` and the bare
+    ones it passes to `update` get the same labels. Inside `optax.masked` or another
+    `optax.partition` the masked leaves are no evidence: pass `routing` there.
+
+    Args:
+      matrix: Takes the tree of `MatrixLayout`s, with `optax.MaskedNode` where a leaf is
+        auxiliary, and returns the optimizer of the matrices. Called at every trace.
+      auxiliary: The optimizer of all other leaves.
+      routing: As for `route`.
+
+    Returns:
+      A transformation with the state of `optax.partition`, keys "matrix" and
+      "auxiliary".
+
+    Raises:
+      ValueError: As `route`, at `init`; and if no leaf is a matrix, unless the tree is
+        empty or partly masked.
+    """
+
+    def delegate(tree: Any) -> optax.GradientTransformationExtraArgs:
+        rows = _decide(tree, routing)
+        treedef = jax.tree.structure(tree)
+        labels = treedef.unflatten([decision.optimizer for _, decision, _ in rows])
+        layouts = _labels(tree, rows, optax.MaskedNode())
+        transforms = {"matrix": matrix(layouts), "auxiliary": auxiliary}
+        return optax.partition(transforms, labels)
+
+    def init(params: Any) -> optax.OptState:
+        _check_some_matrix(params, routing)
+        return delegate(params).init(params)
+
+    def update(
+        updates: Any, state: optax.OptState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, optax.OptState]:
+        return delegate(updates).update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _check_some_matrix(params: Any, routing: Routing) -> None:
+    nodes = jax.tree.leaves(params, is_leaf=_is_masked)
+    if any(_is_masked(node) for node in nodes):
+        return
+    rows = _decide(params, routing)
+    if rows and all(decision.optimizer == "auxiliary" for _, decision, _ in rows):
+        place, decision, _ = rows[0]
+        raise ValueError(
+            f"No leaf takes the matrix optimizer: all {len(rows)} are auxiliary, e.g. "
+            f"'{place.name}' ({decision.reason}). Pass `routing`, or use the auxiliary "
+            "optimizer alone."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What becomes of one leaf.
+
+    Attributes:
+      path: Its name, as in ``blocks/0/attn/query/kernel``.
+      shape: Its shape.
+      view: Its matrices, as in "12 x (768 -> 64)"; empty for an auxiliary leaf.
+      optimizer: "matrix" or "auxiliary".
+      reason: What decided.
+      parameters: Number of entries.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    view: str
+    optimizer: str
+    reason: str
+    parameters: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """The routing of a tree, a row per leaf; `str` prints it as a table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Parameters of "matrix", "auxiliary", and "total"."""
+        totals = {"matrix": 0, "auxiliary": 0}
+        for row in self.rows:
+            totals[row.optimizer] += row.parameters
+        return totals | {"total": sum(totals.values())}
+
+    def __str__(self) -> str:
+        """Returns the table, totals last."""
+        header = ("path", "shape", "matrices", "optimizer", "parameters", "reason")
+        table = [
+            (
+                row.path,
+                str(row.shape),
+                row.view or "-",
+                row.optimizer,
+                f"{row.parameters:,}",
+                row.reason,
+            )
+            for row in self.rows
+        ]
+        for name, parameters in self.totals.items():
+            leaves = sum(name in (row.optimizer, "total") for row in self.rows)
+            first = "total" if name == "total" else ""
+            optimizer = "" if name == "total" else name
+            size = f"{parameters:,}"
+            table.append((first, f"{leaves} leaves", "", optimizer, size, ""))
+        widths = [max(map(len, column)) for column in zip(header, *table, strict=True)]
+        lines = []
+        for cells in (header, *table):
+            padded = [cell.ljust(w) for cell, w in zip(cells, widths, strict=True)]
+            padded[4] = cells[4].rjust(widths[4])
+            lines.append("  ".join(padded).rstrip())
+        rule = "-" * max(map(len, lines))
+        return "\n".join([lines[0], rule, *lines[1:-3], rule, *lines[-3:]])
+
+
+def _view_text(view: _layout.MatrixView | None) -> str:
+    if view is None:
+        return ""
+    return " + ".join(
+        f"{count} \N{MULTIPLICATION SIGN} ({m} \N{RIGHTWARDS ARROW} {n})"
+        for count, m, n in view.matrices
+    )
+
+
+def describe(params: Any, routing: Routing = None) -> Description:
+    """Shows which optimizer every leaf takes, as what matrices, and why.
+
+    Args:
+      params: The whole tree of parameters, or of their shapes.
+      routing: As for `route`.
+
+    Returns:
+      A description with one row per leaf and totals; print it for a table.
+
+    Raises:
+      ValueError: As `route`.
+
+    Example:
+      >>> params = {"Dense_0": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
+      >>> describe(params).totals
+      {'matrix': 6, 'auxiliary': 2, 'total': 8}
+    """
+    return Description(
+        tuple(
+            Row(
+                path=place.name,
+                shape=_shape(place.leaf),
+                view=_view_text(view),
+                optimizer=decision.optimizer,
+                reason=decision.reason,
+                parameters=math.prod(_shape(place.leaf)),
+            )
+            for place, decision, view in _decide(params, routing)
+        )
+    )

@@ -1,0 +1,50 @@
+"""Gradient transformations, one a file."""
+
+from optax_matrix._transforms.add_cautious_weight_decay import add_cautious_weight_decay
+from optax_matrix._transforms.ema_momentum import EmaMomentumState, ema_momentum
+from optax_matrix._transforms.floor_update_ratio import floor_update_ratio
+from optax_matrix._transforms.hyperball_retract import (
+    HyperballRetractState,
+    hyperball_retract,
+)
+from optax_matrix._transforms.match_rms import match_rms
+from optax_matrix._transforms.normalize_frobenius import normalize_frobenius
+from optax_matrix._transforms.orthogonalize import orthogonalize
+from optax_matrix._transforms.orthogonalize_exact import orthogonalize_exact
+from optax_matrix._transforms.orthogonalize_halley import orthogonalize_halley
+from optax_matrix._transforms.orthogonalize_newton_schulz import (
+    orthogonalize_newton_schulz,
+)
+from optax_matrix._transforms.scale_by_neuron_variance import (
+    ScaleByNeuronVarianceState,
+    scale_by_neuron_variance,
+)
+from optax_matrix._transforms.scale_by_shape import ShapeScale, scale_by_shape
+from optax_matrix._transforms.scale_by_variance import (
+    ScaleByVarianceState,
+    scale_by_variance,
+)
+from optax_matrix._transforms.switch_at import SwitchAtState, switch_at
+
+__all__ = [
+    "EmaMomentumState",
+    "HyperballRetractState",
+    "ScaleByNeuronVarianceState",
+    "ScaleByVarianceState",
+    "ShapeScale",
+    "SwitchAtState",
+    "add_cautious_weight_decay",
+    "ema_momentum",
+    "floor_update_ratio",
+    "hyperball_retract",
+    "match_rms",
+    "normalize_frobenius",
+    "orthogonalize",
+    "orthogonalize_exact",
+    "orthogonalize_halley",
+    "orthogonalize_newton_schulz",
+    "scale_by_neuron_variance",
+    "scale_by_shape",
+    "scale_by_variance",
+    "switch_at",
+]

@@ -1,0 +1,99 @@
+"""Momentum as Muon uses it: an average of gradients with a look-ahead."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_matrix import _check
+from optax_matrix._transforms import _numerics
+
+
+class EmaMomentumState(NamedTuple):
+    """State of `ema_momentum`."""
+
+    count: jax.Array  # int32, updates seen so far
+    momentum: Any  # M, a leaf's shape, float32 or `accumulator_dtype`
+
+
+def ema_momentum(
+    decay: ArrayLike = 0.95,
+    *,
+    nesterov: bool = True,
+    debias: bool = False,
+    accumulator_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces each update by a moving average of updates, looking one step ahead.
+
+    With :math:`\beta` = ``decay`` and :math:`M_0 = 0`,
+
+    .. math::
+      M_t = \beta M_{t-1} + (1 - \beta) G_t, \qquad
+      U_t = \beta M_t + (1 - \beta) G_t,
+
+    or :math:`U_t = M_t` without ``nesterov``. `optax.ema` has no look-ahead, and
+    `optax.trace` sums instead of averaging (its updates are :math:`1/(1-\beta)` times
+    as large).
+
+    Args:
+      decay: :math:`\beta`, in [0, 1). The default averages over about 20 steps.
+      nesterov: Whether to look ahead.
+      debias: Divides each of the two terms by the weight it has gathered,
+        :math:`M_t` by :math:`1-\beta^{t+1}` and :math:`G_t` by :math:`1-\beta^t`
+        (without ``nesterov``: :math:`M_t` by :math:`1-\beta^t`), as
+        `optax.contrib.muon` does. With ``nesterov`` this changes the mix of the two
+        in the first steps, so it changes Muon's trajectory.
+      accumulator_dtype: The dtype of :math:`M`; None is float32 (float64 for float64
+        updates). ``"bfloat16"`` halves the state and rounds it every step.
+
+    Returns:
+      A transformation for leaves of any shape. Updates keep their shape and dtype;
+      the state is one array a leaf.
+
+    Raises:
+      ValueError: At construction, if ``decay`` is a number outside [0, 1).
+
+    References:
+      Jordan et al., 2024, `Muon <https://kellerjordan.github.io/posts/muon/>`_;
+      nesterov momentum in Adam's form: Dozat, 2016.
+    """
+    _check.in_range("decay", decay, 0.0, 1.0)
+
+    def init(params: optax.Params) -> EmaMomentumState:
+        def zeros(p: jax.Array) -> jax.Array:
+            dtype = accumulator_dtype or _numerics.wide_dtype(p)
+            return jnp.zeros_like(p, dtype=dtype)
+
+        return EmaMomentumState(
+            jnp.zeros((), jnp.int32), jax.tree.map(zeros, params)
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        count = optax.safe_increment(state.count)
+
+        def average(g: jax.Array, m: jax.Array) -> jax.Array:
+            g = _numerics.wide(g)
+            return _numerics.moving_average(m.astype(g.dtype), g, decay)
+
+        def look_ahead(g: jax.Array, m: jax.Array) -> jax.Array:
+            wide_g = _numerics.wide(g)
+            if debias:
+                seen = optax.safe_increment(count) if nesterov else count
+                m = m / _numerics.bias_correction(decay, seen, m)
+            if not nesterov:
+                return m.astype(g.dtype)
+            if debias:
+                wide_g = wide_g / _numerics.bias_correction(decay, count, wide_g)
+            return _numerics.moving_average(m, wide_g, decay).astype(g.dtype)
+
+        averages = jax.tree.map(average, updates, state.momentum)
+        ahead = jax.tree.map(look_ahead, updates, averages)
+        momentum = jax.tree.map(
+            lambda m, old: m.astype(old.dtype), averages, state.momentum
+        )
+        return ahead, EmaMomentumState(count, momentum)
+
+    return optax.GradientTransformationExtraArgs(init, update)

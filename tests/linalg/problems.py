@@ -1,0 +1,40 @@
+"""Inputs shared by the tests of the polar methods."""
+
+import numpy as np
+
+from optax_matrix._linalg import Exact, Halley, NewtonSchulz
+from tests.references import polar as reference
+
+# Unequal sides, so that a swapped axis cannot pass; one row; one column; stacks.
+SHAPES = [(4, 12), (12, 4), (6, 6), (1, 7), (7, 1), (3, 4, 12), (2, 3, 6, 5)]
+
+# One of each kind, none at its default where that would hide an argument.
+METHODS = [
+    NewtonSchulz(),
+    NewtonSchulz(method="gram"),
+    NewtonSchulz(coefficients="polar_express", normalization="schatten4"),
+    NewtonSchulz(coefficients="aol"),
+    Halley(lower_bound=1e-2),
+    Halley(lower_bound=1e-2, steps=2),
+    Exact(),
+    Exact(method="eigh"),
+]
+
+# AOL rescales single inputs or outputs, so it keeps no rotation.
+ROTATABLE = [m for m in METHODS if m != NewtonSchulz(coefficients="aol")]
+
+
+def spectrum(kind, k):
+    """The k singular values of a named kind, the largest 1."""
+    if kind == "rank-deficient":
+        return np.where(np.arange(k) < (k + 1) // 2, 1.0, 0.0)
+    return np.geomspace(1.0, 1.0 / float(kind), k)
+
+
+def gaussian(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def matrix(m, n, kind, seed=0):
+    rng = np.random.default_rng(seed)
+    return reference.with_spectrum(rng, m, n, spectrum(kind, min(m, n)))

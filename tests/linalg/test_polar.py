@@ -1,0 +1,314 @@
+"""What every polar method promises, and the errors of its constructor."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_matrix._linalg import (
+    Exact,
+    Halley,
+    NewtonSchulz,
+    PolarMethod,
+    as_method,
+    newton_schulz,
+    resolve,
+)
+from tests.linalg.problems import METHODS, ROTATABLE, SHAPES, gaussian
+from tests.references import polar as reference
+
+# Float32 rounding, amplified by up to the ∏ aᵢ of polar_express on small values.
+ATOL = 2e-4
+
+every = pytest.mark.parametrize("method", METHODS, ids=str)
+rotatable = pytest.mark.parametrize("method", ROTATABLE, ids=str)
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (5, 5), (2, 4, 9)])
+@rotatable
+def test_rotations_pass_through(method, shape):
+    rng = np.random.default_rng(1)
+    x = gaussian(shape)
+    q, p = reference.orthogonal(rng, shape[-2]), reference.orthogonal(rng, shape[-1])
+    got = method.polar((q @ x @ p).astype(np.float32))
+    want = q @ np.asarray(method.polar(x.astype(np.float32)), np.float64) @ p
+    chex.assert_trees_all_close(got, want.astype(np.float32), atol=ATOL)
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (5, 5), (1, 6), (2, 9, 4)])
+@every
+def test_transpose_passes_through(method, shape):
+    if shape == (5, 5) and method not in ROTATABLE:
+        pytest.skip("AOL rescales one of two equal sides")
+    x = gaussian(shape).astype(np.float32)
+    got = method.polar(np.swapaxes(x, -2, -1))
+    want = np.swapaxes(method.polar(x), -2, -1)
+    chex.assert_trees_all_close(got, want, atol=ATOL)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30, 2.0**-99, 1e37])
+@every
+def test_scale_does_not_matter(method, scale):
+    x = gaussian((5, 8)).astype(np.float32)
+    got = jax.jit(method.polar)(x * np.float32(scale))
+    # The product rounds once, and the condition number here is below 10.
+    chex.assert_trees_all_close(got, jax.jit(method.polar)(x), atol=2e-5)
+
+
+@every
+def test_a_stack_is_its_slices(method):
+    x = gaussian((2, 3, 4, 7)).astype(np.float32) * np.float32(10.0) ** np.arange(
+        -15, 15, 5, np.float32
+    ).reshape(2, 3, 1, 1)
+    got = method.polar(x)
+    want = jnp.stack([jnp.stack([method.polar(y) for y in z]) for z in x])
+    # The same operations in another order of summation.
+    chex.assert_trees_all_close(got, want, atol=1e-5)
+
+
+@every
+def test_zero_gives_zero(method):
+    for shape in SHAPES:
+        got = method.polar(jnp.zeros(shape))
+        assert not np.any(got)
+    x = gaussian((3, 4, 6)).astype(np.float32)
+    x[1] = 0
+    got = np.asarray(method.polar(x))
+    assert not got[1].any()
+    assert np.linalg.norm(got[0]) > 1
+
+
+@every
+def test_empty_axes_pass(method):
+    for shape in [(0, 3, 4), (0, 4), (3, 0)]:
+        assert method.polar(jnp.zeros(shape)).shape == shape
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+@every
+def test_a_bad_matrix_harms_no_other(method, shape, bad):
+    x = gaussian((3, *shape)).astype(np.float32)
+    clean = np.asarray(method.polar(x))
+    x[1, 2, 3] = bad
+    got = np.asarray(method.polar(x))
+    assert np.isnan(got[1]).all()
+    np.testing.assert_array_equal(got[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("shape", SHAPES)
+@every
+def test_result_has_the_inputs_type(method, shape, dtype):
+    x = jnp.asarray(gaussian(shape), dtype)
+    got = method.polar(x)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, x)
+    want = method.polar(x.astype(jnp.float32))
+    # Computed in float32 whatever the input: they differ by the last rounding alone,
+    # which is half an ulp of numbers below 2.
+    chex.assert_trees_all_close(
+        got.astype(jnp.float32), want, atol=float(jnp.finfo(dtype).eps)
+    )
+
+
+@pytest.mark.parametrize("scale", [2.0**-20, 2.0**13])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("table", ["jordan", "aol"])
+def test_half_precision_products(table, dtype, scale):
+    x = gaussian((16, 40)).astype(np.float32)
+    method = NewtonSchulz(coefficients=table, dtype=dtype)
+    got = method.polar(x * np.float32(scale))
+    assert got.dtype == jnp.float32
+    want = NewtonSchulz(coefficients=table).polar(x)
+    # Five steps of rounding at 2⁻⁸ (2⁻¹¹), each with coefficients up to 7.
+    bound = 0.5 if dtype == "bfloat16" else 0.06
+    assert np.linalg.norm(got - want, 2) < bound
+    # And really computed in that type.
+    assert np.abs(got - want).max() > 1e-5
+
+
+@every
+def test_float64_is_computed_in_float64(method):
+    x = gaussian((4, 7))
+    with jax.enable_x64(True):
+        got = method.polar(jnp.asarray(x))
+        assert got.dtype == jnp.float64
+        low = dataclasses.replace(method, dtype="float32").polar(jnp.asarray(x))
+        assert low.dtype == jnp.float64
+        again = method.polar(jnp.asarray(x[::-1]))[::-1]
+    # Reversing the rows changes the order of summation and no more.
+    np.testing.assert_allclose(np.asarray(got), np.asarray(again), atol=1e-12)
+    assert np.abs(np.asarray(got) - np.asarray(low)).max() > 1e-9
+
+
+@every
+def test_jit_and_vmap_equal_eager(method):
+    x = gaussian((3, 4, 6)).astype(np.float32)
+    want = method.polar(x)
+    # Fusion and another batching may reorder sums.
+    chex.assert_trees_all_close(jax.jit(method.polar)(x), want, atol=1e-5)
+    chex.assert_trees_all_close(jax.vmap(method.polar)(x), want, atol=1e-5)
+    chex.assert_trees_all_close(
+        jax.vmap(method.polar, in_axes=-1, out_axes=-1)(np.moveaxis(x, 0, -1)),
+        np.moveaxis(np.asarray(want), 0, -1),
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4), (1, 4), (2, 3, 4)])
+@every
+def test_gradient_matches_finite_differences(method, shape):
+    x, dx = gaussian(shape, 1), gaussian(shape, 2)
+    weight = gaussian(shape, 3)
+    with jax.enable_x64(True):
+
+        def loss(y):
+            return jnp.vdot(jnp.asarray(weight), method.polar(y))
+
+        x, dx = jnp.asarray(x), jnp.asarray(dx)
+        got = jnp.vdot(jax.grad(loss)(x), dx)
+        step = 1e-6
+        want = (loss(x + step * dx) - loss(x - step * dx)) / (2 * step)
+        _, forward = jax.jvp(loss, (x,), (dx,))
+    # Central differences of a loss of order 10: rounding 1e-15 / step.
+    np.testing.assert_allclose(got, want, atol=2e-6, rtol=1e-6)
+    np.testing.assert_allclose(got, forward, rtol=1e-9, atol=1e-9)
+
+
+@every
+def test_gradient_ignores_the_scale_and_survives_zero(method):
+    x = gaussian((3, 4, 6)).astype(np.float32)
+    weight = gaussian((3, 4, 6), 1).astype(np.float32)
+
+    def loss(y):
+        return jnp.sum(weight * method.polar(y))
+
+    want = jax.grad(loss)(x)
+    got = jax.grad(loss)(x * np.float32(2.0**-60)) * np.float32(2.0**-60)
+    # Halley's inverse carries its float32 error into the gradient.
+    chex.assert_trees_all_close(got, want, atol=2e-3)
+
+    x[1] = 0
+    gradient = jax.grad(loss)(x)
+    chex.assert_tree_all_finite(gradient)
+    assert not np.any(gradient[1])
+    chex.assert_trees_all_close(gradient[0], want[0], atol=2e-3)
+
+
+def test_second_derivatives_of_the_matmul_methods():
+    x, dx = jnp.asarray(gaussian((3, 4))), jnp.asarray(gaussian((3, 4), 1))
+    for method in (NewtonSchulz(), Halley(1e-1)):
+        with jax.enable_x64(True):
+            x, dx = jnp.asarray(gaussian((3, 4))), jnp.asarray(gaussian((3, 4), 1))
+
+            def slope(t, method=method, x=x, dx=dx):
+                return jax.jvp(method.polar, (x + t * dx,), (dx,))[1].sum()
+
+            got = jax.grad(slope)(0.0)
+            want = (slope(1e-5) - slope(-1e-5)) / 2e-5
+        # Central differences of a quantity of order 100.
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+@every
+def test_methods_are_static_values(method):
+    assert hash(method) == hash(dataclasses.replace(method))
+    assert method == dataclasses.replace(method)
+    assert not callable(method)
+    assert isinstance(method, PolarMethod)
+    assert as_method(method) is method
+
+
+def test_a_method_survives_injection():
+    def factory(learning_rate, how):
+        def update(updates, state, params=None):
+            del params
+            scaled = jax.tree.map(lambda u: learning_rate * how.polar(u), updates)
+            return scaled, state
+
+        return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+    x = jnp.asarray(gaussian((3, 5)), jnp.float32)
+    tx = optax.inject_hyperparams(factory)(learning_rate=2.0, how=NewtonSchulz())
+    got, _ = jax.jit(tx.update)(x, tx.init(x))
+    chex.assert_trees_all_close(got, 2.0 * NewtonSchulz().polar(x), atol=1e-5)
+
+
+def test_names():
+    assert as_method("newton_schulz") == NewtonSchulz()
+    assert as_method("halley") == Halley()
+    assert as_method("exact") == Exact()
+    with pytest.raises(ValueError, match="`method` must be one of 'newton_schulz'"):
+        as_method("svd")
+    for value in (NewtonSchulz, 3, np.linalg.svd):
+        with pytest.raises(TypeError, match="`method` must be a name or an object"):
+            as_method(value)  # pyright: ignore[reportArgumentType]
+
+
+def test_stored_form_is_hashable_and_replaceable():
+    own = NewtonSchulz(coefficients=[[1.5, -0.5, 0.0]], steps=3, dtype=jnp.bfloat16)
+    assert own.coefficients == ((1.5, -0.5, 0.0),)
+    assert own.dtype == jnp.dtype("bfloat16")
+    assert own.rows == ((1.5, -0.5, 0.0),) * 3
+    assert len(dataclasses.replace(own, steps=7).rows) == 7
+    assert NewtonSchulz(precision="highest").precision is jax.lax.Precision.HIGHEST
+    preset = jax.lax.DotAlgorithmPreset.BF16_BF16_F32
+    assert NewtonSchulz(precision=preset).precision is preset
+    assert len(NewtonSchulz().rows) == 5
+    assert NewtonSchulz(coefficients="polar_express", safety=1.05).rows == resolve(
+        "polar_express", None, 1.05
+    )
+
+
+BAD = [
+    (NewtonSchulz, {"steps": 0}, ValueError, "`steps` must be at least 1, got 0"),
+    (NewtonSchulz, {"steps": 2.0}, TypeError, "`steps` must be an int"),
+    (
+        NewtonSchulz,
+        {"steps": 10, "coefficients": "quintic"},
+        ValueError,
+        "is a 5-step table; got `steps=10`",
+    ),
+    (NewtonSchulz, {"coefficients": "x"}, ValueError, "`coefficients` must be one of"),
+    (NewtonSchulz, {"coefficients": [(1.0,)]}, ValueError, "three finite numbers"),
+    (NewtonSchulz, {"method": "fast"}, ValueError, "`method` must be one of 'auto'"),
+    (NewtonSchulz, {"safety": 1.1}, ValueError, "takes no safety factor"),
+    (NewtonSchulz, {"normalization": "max"}, ValueError, "`normalization` must be one"),
+    (NewtonSchulz, {"dtype": "int8"}, ValueError, "`dtype` must be one of 'bfloat16'"),
+    (NewtonSchulz, {"dtype": "half a"}, ValueError, "`dtype` must be one of"),
+    (NewtonSchulz, {"precision": "best"}, ValueError, "`precision` must be None"),
+    (Halley, {"steps": 0}, ValueError, "`steps` must be at least 1"),
+    (Halley, {"lower_bound": "a"}, TypeError, "`lower_bound` fixes the program"),
+    (Halley, {"lower_bound": True}, TypeError, "`lower_bound` fixes the program"),
+    (Halley, {"dtype": "bfloat16"}, ValueError, "`dtype` must be one of 'float32'"),
+    (Halley, {"precision": 3.5}, ValueError, "`precision` must be None"),
+    (Exact, {"method": "qr"}, ValueError, "`method` must be one of 'svd'"),
+    (Exact, {"dtype": "float16"}, ValueError, "`dtype` must be one of 'float32'"),
+    (Exact, {"precision": "best"}, ValueError, "`precision` must be None"),
+]
+
+
+@pytest.mark.parametrize("kind, arguments, error, message", BAD)
+def test_constructors_name_the_bad_argument(kind, arguments, error, message):
+    with pytest.raises(error, match=message):
+        kind(**arguments)
+
+
+@every
+def test_inputs_that_are_no_matrix_raise(method):
+    with pytest.raises(ValueError, match=r"at least 2 axes \(..., m, n\), got shape"):
+        method.polar(jnp.ones(3))
+    for dtype in ("int32", "complex64"):
+        with pytest.raises(TypeError, match=f"real floating array, got dtype {dtype}"):
+            method.polar(jnp.ones((2, 3), dtype))
+
+
+def test_the_pure_function_defaults_to_frobenius_and_auto():
+    x = jnp.asarray(gaussian((4, 10)), jnp.float32)
+    got = newton_schulz(x, resolve("jordan"))
+    want = newton_schulz(x, resolve("jordan"), normalization="frobenius", method="gram")
+    np.testing.assert_array_equal(got, want)

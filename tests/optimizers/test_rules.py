@@ -1,0 +1,133 @@
+"""Every matrix optimizer against its published rule in float64, over 25 steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_matrix as om
+from tests import problems
+from tests.references import optimizers as reference
+
+STEPS = 25
+CASES = {
+    "muon": (om.muon, reference.muon, {}),
+    "muon without look-ahead": (
+        lambda lr: om.muon(lr, nesterov=False),
+        reference.muon,
+        {"nesterov": False},
+    ),
+    "muonw": (om.muonw, reference.muon, {"weight_decay": 0.01}),
+    "muonh": (om.muonh, reference.muonh, {}),
+    "adamh": (om.adamh, reference.adamh, {}),
+    "normuon": (om.normuon, reference.normuon, {}),
+    "adamuon": (om.adamuon, reference.adamuon, {}),
+    "hopper": (om.hopper, reference.hopper, {}),
+    "hopper, 5 steps": (
+        lambda lr: om.hopper(lr, ns_steps=5),
+        reference.hopper,
+        {"steps": 5},
+    ),
+    "hopper, pre": (
+        lambda lr: om.hopper(lr, variance="pre"),
+        reference.hopper,
+        {"variance": "pre"},
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 1)])
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_published_rule_in_float64(name, shape):
+    factory, rule, settings = CASES[name]
+    with jax.enable_x64(True):
+        w = problems.normal(shape, 1, "float64")
+        grads = problems.normal((STEPS, *shape), 2, "float64")
+        params = {"kernel": w}
+        iterates, _ = problems.run(factory(0.02), params, [{"kernel": g} for g in grads])
+        got = np.stack([p["kernel"] for p in iterates])
+    want = rule(np.asarray(w), np.asarray(grads), 0.02, **settings)
+    # Float64 throughout; hyperparameters enter optax's chain as float32 in places
+    # (the learning rate), which leaves 1e-8 relative to steps of 0.02.
+    np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["muon", "muonh", "normuon", "adamuon", "hopper"])
+def test_float32_follows_float64(name):
+    factory, rule, settings = CASES[name]
+    w, grads = problems.normal((7, 4), 1), problems.normal((STEPS, 7, 4), 2)
+    iterates, _ = problems.run(
+        factory(0.02), {"kernel": w}, [{"kernel": g} for g in grads]
+    )
+    got = np.stack([p["kernel"] for p in iterates])
+    want = rule(np.asarray(w), np.asarray(grads), 0.02, **settings)
+    # 25 steps, each with the rounding of five float32 iterations (1e-5 of 0.02).
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_hopper_without_steps_is_adam():
+    params = {"kernel": problems.normal((6, 4)), "stack": problems.normal((2, 4, 3), 1)}
+    grads = [jax.tree.map(lambda p, t=t: jnp.cos(p * t), params) for t in range(1, 11)]
+    hopper = om.hopper(0.01, variance="pre", ns_steps=0, rms=None, routing="matrix")
+    got, _ = problems.run(hopper, params, grads)
+    want, _ = problems.run(optax.adam(0.01), params, grads)
+    for a, b in zip(got, want, strict=True):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), a, b)
+
+
+def test_adamuon_is_hopper_with_five_steps_but_for_the_sign():
+    # Momentum whose entries all have the same size is a multiple of its sign.
+    signs = jnp.sign(problems.normal((6, 4)))
+    grads = [{"kernel": signs * (0.5 + t)} for t in range(6)]
+    params = {"kernel": problems.normal((6, 4), 1)}
+    got, _ = problems.run(om.adamuon(0.01), params, grads)
+    want, _ = problems.run(om.hopper(0.01, ns_steps=5), params, grads)
+    np.testing.assert_allclose(got[-1]["kernel"], want[-1]["kernel"], rtol=1e-5)
+    # Any other momentum tells them apart.
+    other = [{"kernel": problems.normal((6, 4), t)} for t in range(6)]
+    a, _ = problems.run(om.adamuon(0.01), params, other)
+    b, _ = problems.run(om.hopper(0.01, ns_steps=5), params, other)
+    assert jnp.abs(a[-1]["kernel"] - b[-1]["kernel"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_debiased_muon_is_optax_contrib_muon(nesterov):
+    with jax.enable_x64(True):
+        params = {
+            "kernel": problems.normal((7, 4), 0, "float64"),
+            "wide": problems.normal((4, 9), 1, "float64"),
+            "bias": problems.normal((4,), 2, "float64"),
+        }
+        grads = [
+            jax.tree.map(lambda p, t=t: jnp.cos(p * t), params)
+            for t in range(1, STEPS + 1)
+        ]
+        ours = om.muon(
+            0.02,
+            nesterov=nesterov,
+            debias=True,
+            routing=lambda path, leaf: leaf.ndim == 2,
+            auxiliary=optax.nadam(0.02) if nesterov else optax.adam(0.02),
+        )
+        peer = optax.contrib.muon(0.02, nesterov=nesterov)
+        got, _ = problems.run(ours, params, grads)
+        want, _ = problems.run(peer, params, grads)
+    for a, b in zip(got, want, strict=True):
+        # The peer adds 1e-8 to norms of about 3.
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), a, b)
+
+
+@pytest.mark.parametrize("orthogonalize", ["halley", "exact", om.NewtonSchulz(3)])
+@pytest.mark.parametrize("factory", [om.muon, om.muonw, om.muonh, om.normuon, om.adamuon])
+def test_the_orthogonalizing_stage_is_an_argument(factory, orthogonalize):
+    params = {"kernel": problems.normal((6, 4))}
+    # Two steps: AdaMuon's first update has entries of one size whatever the stage.
+    grads = [params, {"kernel": problems.normal((6, 4), 1)}]
+    got, _ = problems.run(factory(0.1, orthogonalize=orthogonalize), params, grads)
+    usual, _ = problems.run(factory(0.1), params, grads)
+    assert jnp.abs(got[-1]["kernel"] - usual[-1]["kernel"]).max() > 1e-3
+    if factory is om.muon and orthogonalize == "exact":
+        step = got[0]["kernel"] - params["kernel"]
+        want = -0.1 * reference.polar(np.asarray(params["kernel"], np.float64))
+        np.testing.assert_allclose(step, want, atol=1e-6)

@@ -1,0 +1,144 @@
+"""The optimizers' published rules in float64, one matrix (inputs, outputs) at a time.
+
+Written from the formulas; imports nothing of the package.
+"""
+
+import numpy as np
+
+JORDAN = (3.4445, -4.7750, 2.0315)
+
+
+def newton_schulz(x, steps=5):
+    """Five steps of the quintic of KellerJordan/Muon."""
+    norm = np.linalg.norm(x)
+    x = x / norm if norm else x
+    a, b, c = JORDAN
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def polar(x):
+    """The orthogonal polar factor of a matrix of full rank."""
+    u, _, vt = np.linalg.svd(x, full_matrices=False)
+    return u @ vt
+
+
+def momenta(grads, beta, nesterov=True, debias=False):
+    """Muon's momentum; `debias` as optax.contrib.muon has it."""
+    m, out = 0.0, []
+    for t, g in enumerate(np.asarray(grads, np.float64), start=1):
+        m = beta * m + (1 - beta) * g
+        m_hat, g_hat = m, g
+        if debias:
+            m_hat = m / (1 - beta ** (t + 1 if nesterov else t))
+            g_hat = g / (1 - beta**t)
+        out.append(beta * m_hat + (1 - beta) * g_hat if nesterov else m_hat)
+    return np.stack(out)
+
+
+def spectral(shape):
+    """Muon's factor of the shape."""
+    inputs, outputs = shape
+    return max(1.0, outputs / inputs) ** 0.5
+
+
+def adam_directions(grads, b1, b2, eps):
+    """Adam's update before the learning rate."""
+    m, v, out = 0.0, 0.0, []
+    for t, g in enumerate(np.asarray(grads, np.float64), start=1):
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        out.append((m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps))
+    return np.stack(out)
+
+
+def variance_scaled(updates, decay, eps, debias=True):
+    """Each update over the running RMS of its entries."""
+    v, out = 0.0, []
+    for t, u in enumerate(np.asarray(updates, np.float64), start=1):
+        v = decay * v + (1 - decay) * u**2
+        out.append(u / (np.sqrt(v / (1 - decay**t) if debias else v) + eps))
+    return np.stack(out)
+
+
+def neuron_scaled(updates, decay, eps):
+    """NorMuon's step: the running mean square over the inputs, the norm kept."""
+    v, out = 0.0, []
+    for u in np.asarray(updates, np.float64):
+        v = decay * v + (1 - decay) * (u**2).mean(axis=0, keepdims=True)
+        scaled = u / (np.sqrt(v) + eps)
+        out.append(scaled * np.linalg.norm(u) / np.linalg.norm(scaled))
+    return np.stack(out)
+
+
+def with_rms(update, rms):
+    """The update with root mean square entry `rms`."""
+    return update * rms * np.sqrt(update.size) / np.linalg.norm(update)
+
+
+def descend(w, directions, lr, weight_decay=0.0):
+    """W <- (1 - lr * weight_decay) W - lr D: all iterates."""
+    out, w = [], np.asarray(w, np.float64)
+    for d in directions:
+        w = (1 - lr * weight_decay) * w - lr * d
+        out.append(w)
+    return np.stack(out)
+
+
+def descend_on_sphere(w, directions, lr):
+    """Steps of relative length `lr`, each back on the sphere of the start."""
+    out, w = [], np.asarray(w, np.float64)
+    radius = np.linalg.norm(w)
+    for d in directions:
+        s = w - lr * radius * d / np.linalg.norm(d)
+        w = radius * s / np.linalg.norm(s)
+        out.append(w)
+    return np.stack(out)
+
+
+def muon(w, grads, lr, beta=0.95, weight_decay=0.0, nesterov=True, debias=False):
+    """KellerJordan/Muon."""
+    scale = spectral(np.shape(w))
+    directions = [
+        scale * newton_schulz(u) for u in momenta(grads, beta, nesterov, debias)
+    ]
+    return descend(w, directions, lr, weight_decay)
+
+
+def muonh(w, grads, lr, beta=0.95):
+    """arXiv:2606.16899 with Muon's direction."""
+    return descend_on_sphere(
+        w, [newton_schulz(u) for u in momenta(grads, beta)], lr
+    )
+
+
+def adamh(w, grads, lr, b1=0.9, b2=0.95, eps=1e-8):
+    """arXiv:2606.16899 with Adam's direction."""
+    return descend_on_sphere(w, adam_directions(grads, b1, b2, eps), lr)
+
+
+def normuon(w, grads, lr, beta=0.95, b2=0.95, eps=1e-10):
+    """arXiv:2510.05491."""
+    orthogonal = [newton_schulz(u) for u in momenta(grads, beta)]
+    directions = spectral(np.shape(w)) * neuron_scaled(orthogonal, b2, eps)
+    return descend(w, directions, lr)
+
+
+def adamuon(w, grads, lr, beta=0.95, b2=0.95, eps=1e-8, rms=0.2):
+    """arXiv:2507.11005."""
+    orthogonal = [newton_schulz(np.sign(u)) for u in momenta(grads, beta)]
+    scaled = variance_scaled(orthogonal, b2, eps, debias=False)
+    return descend(w, [with_rms(d, rms) for d in scaled], lr)
+
+
+def hopper(w, grads, lr, steps=1, variance="post", rms=0.2, eps=1e-8):
+    """Variance and `steps` Newton-Schulz steps, in either order."""
+    if variance == "post":
+        orthogonal = [newton_schulz(u, steps) for u in momenta(grads, 0.95)]
+        directions = variance_scaled(orthogonal, 0.95, eps)
+    else:
+        adam = adam_directions(grads, 0.9, 0.999, eps)
+        directions = [newton_schulz(u, steps) for u in adam]
+    return descend(w, [with_rms(d, rms) for d in directions], lr)

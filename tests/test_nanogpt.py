@@ -1,0 +1,466 @@
+"""The nanoGPT example: it learns, resumes bit for bit, skips what is not finite."""
+
+import dataclasses
+import json
+import math
+import os
+import pydoc
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import optax_matrix as om
+from examples.nanogpt import checkpoint, configs, data, model, plot, record, train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Every size differs from every other, so a swapped axis cannot pass. 8 sequences are
+# one for each of the devices of conftest.py.
+SMALL = dataclasses.replace(
+    configs.TINY, layers=1, width=32, head_dim=16, context=24, steps=12, batch_size=8,
+    data=pydoc.__file__, val_every=6, val_windows=16, log_every=1, sample=0,
+    checkpoint_every=0, quiet=True,
+)  # fmt: skip
+
+
+def losses(result, kind="train"):
+    return [(r["step"], r["loss"]) for r in result["records"] if r["kind"] == kind]
+
+
+# ------------------------------------------------------------------------ model
+
+
+def small_model(dtype=jnp.float32):
+    return model.GPT(256, 1, 32, 16, dtype=dtype, rngs=nnx.Rngs(0))
+
+
+def test_gpt2_small_has_124m_parameters():
+    config = configs.PRESETS["gpt2-small"]
+
+    def init():
+        sizes = (50304, config.layers, config.width, config.head_dim)
+        return model.GPT(*sizes, rngs=nnx.Rngs(0))
+
+    state = nnx.state(nnx.eval_shape(init))
+    total = sum(leaf.size for leaf in jax.tree.leaves(state))
+    assert total == 162_221_568
+    assert total - 50304 * 768 == 123_588_096  # without the untied head
+
+
+def test_a_position_sees_only_what_is_before_it():
+    gpt, tokens = small_model(), jnp.arange(24)[None] % 7
+    changed = tokens.at[0, 15].set(9)
+    before, after = gpt(tokens), gpt(changed)
+    np.testing.assert_array_equal(before[0, :15], after[0, :15])
+    assert not np.array_equal(before[0, 15:], after[0, 15:])
+
+
+def test_rotary_keeps_lengths_and_depends_on_distance_only():
+    x = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
+    # The same query and the same key at each of 6 positions.
+    q, k = (model.rotary(jnp.broadcast_to(v, (1, 6, 1, 16))) for v in x)
+    # Ulps of sums of 16 products.
+    np.testing.assert_allclose(
+        jnp.linalg.norm(q, axis=-1)[0, :, 0], jnp.linalg.norm(x[0]) * np.ones(6), 1e-6
+    )
+    scores = np.asarray(jnp.einsum("bqhk,bshk->qs", q, k))
+    np.testing.assert_allclose(scores[1:, 1:], scores[:-1, :-1], atol=1e-5)
+    assert abs(scores[0, 0] - scores[0, 1]) > 1e-2
+
+
+def test_every_matrix_starts_nonzero_and_the_first_loss_is_that_of_a_guess():
+    gpt = small_model()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(gpt)):
+        assert jnp.linalg.norm(leaf) > 0, path
+    graph, params = nnx.split(gpt)
+    windows = jnp.arange(8 * 25).reshape(8, 25)
+    loss = train.loss_fn(params, graph, windows)
+    assert loss == pytest.approx(math.log(256), abs=0.1)
+
+
+def test_bfloat16_multiplies_in_bfloat16_and_keeps_float32_parameters():
+    gpt, wide = small_model(jnp.bfloat16), small_model()
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(gpt))} == {
+        jnp.dtype("float32")
+    }
+    tokens = jnp.arange(24)[None]
+    logits, expected = gpt(tokens), wide(tokens)
+    assert logits.dtype == jnp.float32
+    assert not np.array_equal(logits, expected)
+    # 8 bits, through one block; the logits are of order 1/sqrt(32).
+    np.testing.assert_allclose(logits, expected, atol=0.02)
+
+
+def test_sampling_continues_past_the_context():
+    prompt, key = jnp.arange(5), jax.random.key(0)
+    gpt = small_model()
+    tokens = model.generate(gpt, prompt, 40, 24, 1e-4, key)
+    assert tokens.shape == (40,)
+    # Near zero temperature is the most probable token of the last 24.
+    text = jnp.concatenate([prompt, tokens])
+    for end in (5, 20, 30, 44):
+        window = text[max(0, end - 24) : end]
+        assert jnp.argmax(gpt(window[None])[0, -1]) == text[end]
+
+
+# ---------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "muonh"])
+def test_the_loss_falls(optimizer):
+    result = train.train(dataclasses.replace(SMALL, optimizer=optimizer))
+    values = [loss for _, loss in losses(result)]
+    assert len(values) == 12 and np.isfinite(values).all()
+    assert values[-1] < values[0] - 0.5
+    assert [step for step, _ in losses(result, "val")] == [6, 12]
+    assert result["skipped"] == 0 and result["stopped"] is None
+
+
+@pytest.fixture(scope="module")
+def small_step():
+    graph, params = nnx.split(small_model())
+    dataset = data.load(SMALL.data)
+    windows = jnp.asarray(dataset.train.batch(0, 0, 8, SMALL.context))[None]
+    return graph, params, windows
+
+
+@pytest.mark.parametrize("name", sorted(om.OPTIMIZERS))
+def test_every_optimizer_trains_the_model(name, small_step):
+    graph, params, windows = small_step
+    config = configs.resolve(dataclasses.replace(SMALL, optimizer=name))
+    optimizer = train.make_optimizer(config)
+    step = train.make_step(graph, optimizer)
+    state = jax.tree.map(jnp.copy, train.State(params, optimizer.init(params)))
+    values = []
+    for _ in range(4):
+        state, loss = step(state, windows)
+        values.append(float(loss))
+    assert values[-1] < values[0]
+    assert record.digest(state.params) != record.digest(params)
+
+
+def test_every_optimizer_has_a_default_learning_rate():
+    assert set(configs.LEARNING_RATES) == set(om.OPTIMIZERS)
+
+
+def test_the_routing_owns_each_parameter_once(small_step):
+    _, params, _ = small_step
+    table = om.describe(params)
+    total = train.check_ownership(table, params)
+    assert total == sum(leaf.size for leaf in jax.tree.leaves(params))
+    for rows in (table.rows[1:], (*table.rows, table.rows[0])):
+        with pytest.raises(RuntimeError, match="not the model's"):
+            train.check_ownership(dataclasses.replace(table, rows=rows), params)
+
+
+def test_accumulation_equals_the_large_batch():
+    # Momentum, not Adam: the sign of a gradient near zero is rounding.
+    config = dataclasses.replace(SMALL, optimizer="momentum", batch_size=32, steps=4)
+    at_once = train.train(config)
+    in_four = train.train(dataclasses.replace(config, accumulate=4))
+    # Rounding of one sum over 32 sequences, in another order.
+    np.testing.assert_allclose(losses(at_once), losses(in_four), rtol=1e-5)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch, capsys):
+    config = dataclasses.replace(SMALL, steps=6, quiet=False)
+    poison = data.load(config.data).train.batch(config.seed, 3, 8, config.context)
+    loss_fn = train.loss_fn
+
+    def poisoned(params, graph, windows):
+        hit = jnp.all(windows == jnp.asarray(poison))
+        return loss_fn(params, graph, windows) * jnp.where(hit, jnp.nan, 1.0)
+
+    monkeypatch.setattr(train, "loss_fn", poisoned)
+    result = train.train(config)
+    assert result["skipped"] == 1
+    found = losses(result)
+    assert [step for step, loss in found if not math.isfinite(loss)] == [4]
+    assert found[-1][1] < found[0][1]
+    printed = capsys.readouterr().out
+    assert "step 4: 1 steps skipped" in printed
+    assert "1 of them skipped" in printed
+
+    # It left everything as it was, the count of the schedule included.
+    graph, params = nnx.split(small_model())
+    optimizer = train.make_optimizer(configs.resolve(config))
+    state = train.State(params, optimizer.init(params))
+    before = record.digest(params), record.digest(state.optimizer.inner_state)  # type: ignore
+    state, loss = train.make_step(graph, optimizer)(state, jnp.asarray(poison)[None])
+    assert jnp.isnan(loss)
+    after = record.digest(state.params), record.digest(state.optimizer.inner_state)
+    assert before == after
+    assert state.optimizer.total_notfinite == 1
+
+
+def test_schedule_is_stable_then_falls_to_zero():
+    config = dataclasses.replace(SMALL, steps=10, cooldown=0.5)
+    rates = [float(train.schedule(2.0, config)(jnp.asarray(i))) for i in range(11)]
+    np.testing.assert_allclose(
+        rates, [2, 2, 2, 2, 2, 2, 1.6, 1.2, 0.8, 0.4, 0], atol=1e-6
+    )
+    rising = train.schedule(2.0, dataclasses.replace(config, warmup=4))
+    rates = [float(rising(jnp.asarray(i))) for i in range(5)]
+    np.testing.assert_allclose(rates, [0.5, 1, 1.5, 2, 2], atol=1e-6)
+
+
+def test_clipping_bounds_the_raw_gradient(small_step):
+    graph, params, windows = small_step
+    config = dataclasses.replace(SMALL, optimizer="sgd", lr=1.0, clip=0.25, cooldown=0)
+    optimizer = train.make_optimizer(config)
+    state = jax.tree.map(jnp.copy, train.State(params, optimizer.init(params)))
+    state, _ = train.make_step(graph, optimizer)(state, windows)
+    moved = jax.tree.map(jnp.subtract, state.params, params)
+    norm = math.sqrt(sum(float(jnp.vdot(x, x)) for x in jax.tree.leaves(moved)))
+    assert norm == pytest.approx(0.25, rel=1e-4)
+
+
+def test_train_runs_outside_the_main_thread_and_leaves_signals_alone():
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    results = []
+    config = dataclasses.replace(SMALL, steps=2)
+    thread = threading.Thread(target=lambda: results.append(train.train(config)))
+    thread.start()
+    thread.join()
+    assert results[0]["step"] == 2
+    with checkpoint.Interruption() as interruption:
+        signal.raise_signal(signal.SIGTERM)
+        assert interruption.signal is signal.SIGTERM
+    assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer": "mion"}, "`optimizer` must be one of .*muon"),
+        ({"batch_size": 12}, "`batch_size` must be a multiple"),
+        ({"batch_size": 16, "accumulate": 3}, "`batch_size` must be a multiple"),
+        ({"val_windows": 4}, "fill no micro-batch"),
+        ({"head_dim": 12}, "`width` must be a multiple of `head_dim`"),
+        ({"context": 10**6}, "too few for windows"),
+    ],
+)
+def test_a_bad_configuration_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        train.train(dataclasses.replace(SMALL, **change))
+
+
+# ---------------------------------------------------- records, plot, command line
+
+
+def test_a_run_documents_itself(tmp_path, capsys):
+    folder = tmp_path / "a"
+    config = dataclasses.replace(
+        SMALL, out=str(folder), steps=3, sample=5, quiet=False, optimizer="muon"
+    )
+    result = train.train(config)
+    printed = capsys.readouterr()
+    assert printed.out.index("blocks/0/attn/q/kernel") < printed.out.index(
+        "data_sha256"
+    )
+    assert "--- sample ---\ndef " in printed.out
+    # Data and Python stand beside each loss; the progress bar is on the other stream.
+    for line in printed.out.splitlines():
+        if "validation loss" in line:
+            assert result["data_sha256"] in line and result["python"] in line
+    assert "tokens/s" in printed.err and "loss" in printed.err
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [r["kind"] for r in records] == ["run", *["train"] * 3, "val", "final"]
+    first, last = records[0], records[-1]
+    assert first["config"] == json.loads(json.dumps(dataclasses.asdict(config))) | {
+        "lr": configs.LEARNING_RATES["muon"]
+    }
+    assert first["versions"]["jax"] == jax.__version__
+    assert {"commit", "uncommitted_changes", "device", "parameters"} < set(first)
+    for header in (first, last):
+        assert header["data_sha256"] == data.load(config.data).sha256
+        assert header["python"] == sys.version.split()[0]
+    assert (folder / "source" / "train.py").read_text() == Path(
+        train.__file__
+    ).read_text()
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    with pytest.raises(FileExistsError, match="--resume"):
+        train.train(config)
+    again = dataclasses.replace(config, overwrite=True, quiet=True)
+    assert train.train(again)["weights_sha256"] == result["weights_sha256"]
+    with pytest.raises(ValueError, match=r"begun; other than in .*: steps: 3 -> 4"):
+        train.train(dataclasses.replace(config, steps=4, resume=True))
+
+
+def test_plot_overlays_runs_and_takes_losses_that_are_not_finite(tmp_path):
+    for name in ("a", "b"):
+        log = record.Record(tmp_path / name, resume=False, overwrite=False)
+        log.add("train", step=1, loss=2.0)
+        log.add("train", step=2, loss=math.nan)
+        log.add("val", step=2, loss=1.5)
+        assert "NaN" not in (tmp_path / name / "metrics.jsonl").read_text()
+    plot.plot([tmp_path / "a", tmp_path / "b"], tmp_path / "both.png")
+    assert (tmp_path / "both.png").stat().st_size > 1000
+    with pytest.raises(FileNotFoundError, match=r"no metrics\.jsonl"):
+        plot.plot([tmp_path], tmp_path / "none.png")
+
+
+def test_rewinding_drops_what_comes_again_and_a_torn_line(tmp_path):
+    log = record.Record(tmp_path, resume=False, overwrite=False)
+    log.add("run", step=0)
+    for step in (1, 2, 3):
+        log.add("train", step=step, loss=1.0 / step)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tra')
+    log = record.Record(tmp_path, resume=True, overwrite=False)
+    log.rewind(2)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("step") for line in lines] == [0, 1, 2]
+
+
+def test_help_lists_every_flag_with_its_meaning(capsys):
+    with pytest.raises(SystemExit) as stop:
+        configs.from_command_line(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(configs.Config):
+        assert f"  --{field.name.replace('_', '-')} " in text
+        assert field.metadata["help"].split()[0] in text
+
+
+def test_command_line_changes_the_named_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["--config", "gpt2-small", "--lr", "0.5", "--steps", "7"]
+    given += ["--settings", '{"weight_decay": 0.1}', "--compare", "a", "b"]
+    config = configs.from_command_line(given)
+    assert config == dataclasses.replace(
+        configs.PRESETS["gpt2-small"], lr=0.5, steps=7, settings={"weight_decay": 0.1},
+        compare=("a", "b"), out="runs/gpt2-small-muon-0",
+    )  # fmt: skip
+    # A second run gets a folder of its own; resuming takes the newest.
+    Path("runs/tiny-muon-0").mkdir(parents=True)
+    assert configs.from_command_line([]).out == "runs/tiny-muon-0-2"
+    assert configs.from_command_line(["--resume"]).out == "runs/tiny-muon-0"
+    assert configs.from_command_line(["--out", "none"]).out is None
+
+
+# ------------------------------------------------------------- killed and resumed
+
+FLAGS = {
+    "layers": 1, "width": 32, "head-dim": 16, "context": 24, "steps": 60,
+    "batch-size": 8, "accumulate": 2, "data": pydoc.__file__, "log-every": 1,
+    "val-every": 20, "val-windows": 8, "sample": 0, "checkpoint-every": 4,
+    "optimizer": "muon",
+}  # fmt: skip
+
+
+def start(folder, *more, module=True):
+    """The example as a process of its own, on one device, `folder` its output."""
+    flags = [word for k, v in FLAGS.items() for word in (f"--{k}", str(v))]
+    script = ["-m", "examples.nanogpt.train"]
+    if not module:
+        script = [str(ROOT / "examples/nanogpt/train.py")]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.Popen(
+        [sys.executable, *script, *flags, "--out", str(folder), *more],
+        cwd=ROOT,
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=240)
+    return output
+
+
+def signal_when(ready, process, number):
+    """Sends the signal as soon as `ready()`, somewhere in the steps after it."""
+    limit = time.monotonic() + 240
+    while not ready():
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+    process.send_signal(number)
+    return finish(process)
+
+
+def numbers(folder):
+    """All that must not depend on having been interrupted, and no clock."""
+    records = plot.read(folder)
+    kept = ("kind", "step", "loss", "learning_rate", "skipped", "tokens")
+    numbers = [
+        {k: r[k] for k in kept if k in r}
+        for r in records
+        if r["kind"] in ("train", "val", "final")
+    ]
+    return numbers, records[-1]["weights_sha256"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    process = start(folder)
+    output = finish(process)
+    assert process.returncode == 0, output
+    return folder
+
+
+def test_a_killed_run_resumes_bit_for_bit(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder)
+    signal_when((folder / "checkpoints" / "12").exists, process, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert plot.read(folder)[-1]["kind"] != "final"
+    process = start(folder, "--resume")
+    output = finish(process)
+    assert process.returncode == 0, output
+    resumed = [r for r in plot.read(folder) if r["kind"] == "resume"]
+    assert 12 <= resumed[0]["step"] < 60
+    assert numbers(folder) == numbers(uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_resumes_bit_for_bit(
+    uninterrupted, tmp_path, number
+):
+    folder = tmp_path / "run"
+    metrics = folder / "metrics.jsonl"
+
+    def has_begun():
+        return metrics.exists() and '"train"' in metrics.read_text()
+
+    often = ("--checkpoint-every", "1000")  # No checkpoint but that of the signal.
+    process = start(folder, *often, module=False)
+    output = signal_when(has_begun, process, number)
+    assert process.returncode == 128 + number, output
+    assert f"stopped by {number.name} after step" in output
+    assert "--resume" in output
+    process = start(folder, *often, "--resume", module=False)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert next(r for r in plot.read(folder) if r["kind"] == "resume")["step"] > 0
+    assert numbers(folder) == numbers(uninterrupted)
+
+
+def test_eight_devices_train_as_one_does(uninterrupted):
+    assert jax.device_count() == 8
+    config = configs.from_command_line(
+        [word for k, v in FLAGS.items() for word in (f"--{k}", str(v))]
+        + ["--out", "none", "--quiet", "--accumulate", "1"]
+    )
+    result = train.train(config)
+    one = [(r["step"], r["loss"]) for r in plot.read(uninterrupted)
+           if r["kind"] == "train"]  # fmt: skip
+    # The same until rounding has grown: orthogonalization amplifies small directions.
+    np.testing.assert_allclose(losses(result)[:5], one[:5], rtol=1e-4)
+    assert result["loss"] == pytest.approx(plot.read(uninterrupted)[-1]["loss"], 0.02)
