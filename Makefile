@@ -24,7 +24,7 @@ nanogpt: $(VENV)/.examples$(ACCELERATOR)
 	$(BIN)/python -m examples.nanogpt.train --preset tiny $(ARGS)
 
 test: $(VENV)/.tests$(ACCELERATOR)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/.tests$(ACCELERATOR)
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -40,7 +40,7 @@ format: $(VENV)/.dev$(ACCELERATOR)
 
 wheel: $(VENV)/.dev$(ACCELERATOR)
 	$(BIN)/python -m build --wheel
-	benchmarks/../.ci/check_wheel $(BIN)/python
+	.ci/check_wheel $(BIN)/python
 
 # The oldest versions that pyproject.toml admits, and the newest that exist.
 test-lowest:

@@ -271,7 +271,11 @@ class MatrixView:
         return self._reduce(jnp.max, x, inputs=True, outputs=True)
 
     def _reduce(
-        self, reduce: Callable[..., jax.Array], x: jax.Array, inputs: bool, outputs: bool
+        self,
+        reduce: Callable[..., jax.Array],
+        x: jax.Array,
+        inputs: bool,
+        outputs: bool,
     ) -> jax.Array:
         axes = ()
         for side, widths in self._sides(inputs, outputs):
@@ -350,7 +354,7 @@ def _block_reduce(
     return jnp.concatenate(reduced, axis=axis)
 
 
-def _repeat(r: jax.Array, widths: np.ndarray, axis: int) -> jax.Array:
+def _repeat(r: Any, widths: np.ndarray, axis: int) -> jax.Array:
     return jnp.repeat(r, widths, axis, total_repeat_length=int(widths.sum()))
 
 

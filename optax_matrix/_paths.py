@@ -1,27 +1,44 @@
 """Names of leaves, and trees of labels matched to a tree by name."""
 
+import collections
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 from jax.tree_util import GetAttrKey, keystr
 
+_BOX = GetAttrKey("value")
 
-def segments(key_path: tuple[Any, ...]) -> tuple[str, ...]:
-    """Returns the keys of a path as strings, without a box's own last key.
 
-    Flax boxes (NNX `Variable`, Linen `Partitioned`) are pytree nodes whose only child
-    is the attribute `value`. NNX hands `tx.init` boxed parameters and `tx.update` bare
-    ones; without that key both have the same names.
-    """
-    if key_path and key_path[-1] == GetAttrKey("value"):
-        key_path = key_path[:-1]
+def _is_box(path: tuple[Any, ...]) -> bool:
+    return bool(path) and path[-1] == _BOX
+
+
+def _segments(key_path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(keystr((key,), simple=True) for key in key_path)
 
 
 def path_name(key_path: tuple[Any, ...]) -> str:
-    """Returns a leaf's name, as in ``blocks/0/attn/query/kernel``."""
-    return "/".join(segments(key_path))
+    """Returns a leaf's name, as in ``blocks/0/attn/query/kernel``.
+
+    Flax boxes (NNX `Variable`, Linen `Partitioned`) are pytree nodes whose only child
+    is the attribute `value`. NNX hands `tx.init` boxed parameters and `tx.update` bare
+    ones; without that last key both have the same names.
+    """
+    return "/".join(_segments(key_path[:-1] if _is_box(key_path) else key_path))
+
+
+def _flatten(
+    tree: Any, is_leaf: Callable[[Any], bool]
+) -> list[tuple[tuple[str, ...], Any]]:
+    """Leaves by name, without boxes; an attribute `value` with siblings is no box."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    uses = collections.Counter(path[:-1] for path, _ in flat)
+    uses.update(path[:d] for path, _ in flat for d in range(len(path) - 1))
+    return [
+        (_segments(path[:-1] if _is_box(path) and uses[path[:-1]] == 1 else path), leaf)
+        for path, leaf in flat
+    ]
 
 
 def _is_empty(node: Any) -> bool:
@@ -43,11 +60,12 @@ class Place(NamedTuple):
 
 def places(tree: Any) -> list[Place]:
     """Returns the leaves of `tree` in order, the empty nodes among them."""
-    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
-    return [Place(segments(path), leaf, _is_empty(leaf)) for path, leaf in found]
+    return [
+        Place(names, leaf, _is_empty(leaf)) for names, leaf in _flatten(tree, _is_empty)
+    ]
 
 
-def is_function(spec: Any) -> bool:
+def is_function(spec: Any) -> TypeGuard[Callable[..., Any]]:
     """Whether `spec` is a function, and not a pytree that happens to be callable."""
     return callable(spec) and jax.tree_util.all_leaves([spec])
 
@@ -65,7 +83,7 @@ def match(
 ) -> list[Match]:
     """Matches a tree of entries, or a prefix of one, to the leaves of `tree` by name.
 
-    The nearest entry above a leaf counts. Names rather than tree structures are
+    The entry at a leaf or above it counts. Names rather than tree structures are
     compared, so one tree of entries serves boxed and bare parameters.
 
     Args:
@@ -84,20 +102,21 @@ def match(
     def stops(node: Any) -> bool:
         return node is None or is_entry(node)
 
-    flat, _ = jax.tree_util.tree_flatten_with_path(entries, is_leaf=stops)
-    table = {segments(path): entry for path, entry in flat}
+    table = dict(_flatten(entries, stops))
     unused = {path for path, entry in table.items() if entry is not None}
     matches, missing = [], []
     for place in places(tree):
         keys = place.segments
-        depths = [d for d in range(len(keys), -1, -1) if keys[:d] in table]
-        unused -= {keys[:d] for d in depths}
+        # Entries are leaves of their tree, so at most one is on the way.
+        above = next((d for d in range(len(keys) + 1) if keys[:d] in table), None)
+        if above is not None:
+            unused.discard(keys[:above])
         if place.empty:
             # Whatever a full tree says below a masked node goes with the node.
             unused = {path for path in unused if path[: len(keys)] != keys}
-        elif depths:
-            entry = table[keys[: depths[0]]]
-            matches.append(Match(place, entry, prefix=depths[0] < len(keys)))
+        elif above is not None:
+            entry = table[keys[:above]]
+            matches.append(Match(place, entry, prefix=above < len(keys)))
         else:
             missing.append(f"'{place.name}'")
     problems = []

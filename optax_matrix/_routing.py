@@ -39,7 +39,7 @@ def _from_label(label: Any, reason: str, path: str) -> _rules.Decision:
     if isinstance(label, str) and label == "auxiliary":
         return _rules.Decision("auxiliary", reason)
     raise ValueError(
-        f"`routing` must say 'matrix', 'auxiliary', True, False, None, a `MatrixLayout` "
+        "`routing` must say 'matrix', 'auxiliary', True, False, None, a `MatrixLayout` "
         f"or a `MuonDimensionNumbers` of each leaf, got {label!r} at '{path}'."
     )
 
@@ -212,8 +212,9 @@ def partition(
         treedef = jax.tree.structure(tree)
         labels = treedef.unflatten([decision.optimizer for _, decision, _ in rows])
         layouts = _labels(tree, rows, optax.MaskedNode())
-        transforms = {"matrix": matrix(layouts), "auxiliary": auxiliary}
-        return optax.partition(transforms, labels)
+        return optax.partition(
+            {"matrix": matrix(layouts), "auxiliary": auxiliary}, labels
+        )
 
     def init(params: Any) -> optax.OptState:
         _check_some_matrix(params, routing)

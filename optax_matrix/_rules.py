@@ -195,7 +195,7 @@ def _bias_readings(
 def _as_layout(reading: _Reading, ndim: int) -> MatrixLayout:
     def side(start: int, stop: int) -> int | tuple[int, ...]:
         axes = tuple(range(start - ndim, stop - ndim))
-        return axes if len(axes) > 1 else axes[0]
+        return start - ndim if len(axes) == 1 else axes
 
     middle = ndim - reading.outputs
     return MatrixLayout(side(reading.batch, middle), side(middle, ndim))
@@ -207,7 +207,9 @@ def _read_kernel(leaf: Leaf, tree: _Tree) -> Decision:
     stack, objection = tree.stack(leaf)
     if ndim == 2:
         if stack:
-            return Decision("ambiguous", "contradictory: its norms say axis 0 is a stack")
+            return Decision(
+                "ambiguous", "contradictory: its norms say axis 0 is a stack"
+            )
         return Decision("matrix", "kernel", MatrixLayout())
 
     readings = _all_readings(ndim)

@@ -1,8 +1,11 @@
 """Small Flax models, Linen and NNX, whose parameter trees the routing must read."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 D, HEADS, HEAD_DIM, HIDDEN, LAYERS, VOCAB, LENGTH = 8, 2, 3, 12, 5, 11, 4
@@ -99,11 +102,27 @@ class LinenMoE(nn.Module):
 
 
 def linen_init(model: nn.Module, *args: jax.Array):
-    return model.init(jax.random.key(0), *args)["params"]
+    """Real parameters."""
+    return jax.jit(model.init)(jax.random.key(0), *args)["params"]
+
+
+def linen_shapes(model: nn.Module, *args: jax.Array):
+    """Their shapes, without the time."""
+    return jax.eval_shape(model.init, jax.random.key(0), *args)["params"]
 
 
 def tokens() -> jax.Array:
     return jnp.zeros((1, LENGTH), jnp.int32)
+
+
+def filled(shapes):
+    """Arrays of these shapes: compiling random initialisers takes most of a test."""
+
+    def fill(leaf):
+        rng = np.random.default_rng(leaf.size)
+        return jnp.asarray(rng.normal(size=leaf.shape).astype(leaf.dtype))
+
+    return jax.tree.map(fill, shapes)
 
 
 class NnxBlock(nnx.Module):
@@ -139,7 +158,7 @@ class NnxTransformer(nnx.Module):
             def make(rngs):
                 return NnxBlock(rngs, use_bias)
 
-            self.blocks = make(rngs)
+            self.blocks: Any = make(rngs)
         else:
             self.blocks = nnx.List([NnxBlock(rngs, use_bias) for _ in range(2)])
         self.norm = nnx.RMSNorm(D, rngs=rngs)

@@ -152,7 +152,7 @@ def test_sum_expand_and_size_agree_with_the_matrices(name, inputs, outputs):
     assert total.ndim == x.ndim
     # Each entry of the leaf meets the sum, and the size, of its own matrix.
     sums = jnp.broadcast_to(fitted.expand(total), shape)
-    sizes = np.broadcast_to(fitted.expand(fitted.size(inputs, outputs)), shape)
+    sizes = jnp.broadcast_to(fitted.expand(fitted.size(inputs, outputs)), shape)
     means = fitted.expand(total / fitted.size(inputs, outputs)) * jnp.ones(shape)
     stacks = zip(
         by_hand(np.asarray(x)),
@@ -198,7 +198,7 @@ def test_fans():
     assert (per_head.fan_in(), per_head.fan_out()) == (8.0, 2.0)
     unequal = view((2, 4, 8), MatrixLayout(split_outputs=(6, 2)))
     assert unequal.fan_in() == 4.0
-    assert unequal.fan_out().dtype == np.float32
+    assert jnp.asarray(unequal.fan_out()).dtype == jnp.float32
     np.testing.assert_array_equal(unequal.fan_out(), [[[6.0, 2.0]]])
     both = view((4, 8), MatrixLayout(split_inputs=(1, 3), split_outputs=(6, 2)))
     np.testing.assert_array_equal(both.size(), [[6.0, 2.0], [18.0, 6.0]])
@@ -398,7 +398,11 @@ def test_path_names_drop_the_box_alone():
         ),
         ({"a": "matrix", "b": None}, TypeError, r"got 'matrix'\. It is .* at 'a'"),
         ({"a": 1, "b": None}, TypeError, r"must be a `MatrixLayout`.* at 'a'"),
-        ({"a": optax.MaskedNode(), "b": None}, ValueError, r"masked at 'a', .*\(2, 3\)"),
+        (
+            {"a": optax.MaskedNode(), "b": None},
+            ValueError,
+            r"masked at 'a', .*\(2, 3\)",
+        ),
     ],
 )
 def test_a_layout_tree_that_does_not_fit_raises(layout, error, message):

@@ -41,20 +41,15 @@ class State(NamedTuple):
 # ------------------------------------------------------------------- optimizer
 
 
-def schedule(peak: float | None, config: Config) -> Callable:
+def schedule(peak: Any, config: Config) -> Callable:
     """Linear rise (none by default), stable, then a linear fall to zero."""
-    if peak is None:
-        raise ValueError("no learning rate: see `configs.resolve`")
     fall = max(1, round(config.cooldown * config.steps))
     stable = optax.linear_schedule(peak, 0.0, fall, config.steps - fall)
-    if not config.warmup:
-        return stable
 
     def with_rise(count):
-        rise = jnp.minimum(1.0, (count + 1.0) / config.warmup)
-        return rise * stable(count)
+        return jnp.minimum(1.0, (count + 1.0) / config.warmup) * stable(count)
 
-    return with_rise
+    return with_rise if config.warmup else stable
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
@@ -63,11 +58,12 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     A skipped step leaves parameters and optimizer as they were, schedule included.
     Optax gives up after `max_consecutive_errors`; here that is never.
     """
+    config = configs.resolve(config)
     settings: dict[str, Any] = dict(config.settings)
     if config.optimizer in om.MATRIX_OPTIMIZERS:
         settings.setdefault("auxiliary_learning_rate", schedule(config.aux_lr, config))
-    rate = schedule(config.lr, config)
-    optimizer = om.make_optimizer(config.optimizer, rate, **settings)
+    settings["learning_rate"] = schedule(config.lr, config)
+    optimizer = om.make_optimizer(config.optimizer, **settings)
     if config.clip:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
     never = np.iinfo(np.int32).max
@@ -137,9 +133,8 @@ def train(config: Config) -> dict[str, Any]:
             f"`batch_size` must be a multiple of `accumulate` times devices, got "
             f"{config.batch_size} for {config.accumulate} times {mesh.size}"
         )
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if jax.default_backend() in ("gpu", "tpu") else "float32"
+    best = "bfloat16" if jax.default_backend() in ("gpu", "tpu") else "float32"
+    dtype = best if config.dtype == "auto" else config.dtype
 
     # Output and data; a resumed run takes the tokenizer that it was begun with.
     folder = Path(config.out) if config.out else None
@@ -163,21 +158,24 @@ def train(config: Config) -> dict[str, Any]:
 
     val_rows = dataset.val.fixed(config.val_windows, config.context)
     if len(val_rows) < micro_batch:
-        raise ValueError(
-            f"{len(val_rows)} validation windows do not fill a micro-batch"
-        )
+        raise ValueError(f"{len(val_rows)} validation windows fill no micro-batch")
     val_batches = len(val_rows) // micro_batch
     val_windows = on_devices(val_rows[: val_batches * micro_batch], val_batches)
 
     # Model, optimizer, and what they were at the last checkpoint
     sizes = (dataset.vocab_size, config.layers, config.width, config.head_dim)
-    gpt = model.GPT(*sizes, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(config.seed))
-    graph, params = nnx.split(gpt)
+
+    @nnx.jit
+    def make_model() -> model.GPT:
+        return model.GPT(*sizes, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(config.seed))
+
+    graph, params = nnx.split(make_model())
     table = om.describe(params)
     parameters = check_ownership(table, params)
     optimizer = make_optimizer(config)
     state = jax.device_put(State(params, jax.jit(optimizer.init)(params)), everywhere)
-    saved = checkpoint.Checkpoints(folder if config.checkpoint_every else None)
+    keep = folder / "checkpoints" if folder and config.checkpoint_every else None
+    saved = checkpoint.Checkpoints(keep)
     start = 0
     if config.resume:
         log.check_same(configs.identity(config), dataset.sha256)
@@ -194,14 +192,12 @@ def train(config: Config) -> dict[str, Any]:
         **record.environment(),
     }
     beside = f"data sha256 {dataset.sha256}, Python {about['python']}"
-    if config.optimizer in om.MATRIX_OPTIMIZERS:
-        say(str(table))
-    else:
-        say(f"{config.optimizer} takes all {len(table.rows)} leaves")
+    takes_all = f"{config.optimizer} takes all {len(table.rows)} leaves"
+    say(str(table) if config.optimizer in om.MATRIX_OPTIMIZERS else takes_all)
     for name, value in {**dataclasses.asdict(config), **about}.items():
         say(f"{name:>20}  {value}")
-    kind = "resume" if config.resume else "run"
-    log.add(kind, step=start, config=dataclasses.asdict(config), **about)
+    about["config"] = dataclasses.asdict(config)
+    log.add("resume" if config.resume else "run", step=start, **about)
 
     # Compiled first, so that the clock below measures steps
     begin = time.perf_counter()
@@ -209,11 +205,8 @@ def train(config: Config) -> dict[str, Any]:
     eval_fn = jax.jit(lambda params, windows: loss_fn(params, graph, windows))
     compile_seconds = time.perf_counter() - begin
 
-    assert config.lr is not None
-    rate, tokens_a_step = (
-        schedule(config.lr, config),
-        config.batch_size * config.context,
-    )
+    rate = schedule(config.lr, config)
+    tokens_a_step = config.batch_size * config.context
     seconds, timed, speed, skipped = 0.0, 0, 0.0, int(state.optimizer.total_notfinite)
     mark, marked, done, stopped = time.perf_counter(), start, start, None
     with (
@@ -267,9 +260,9 @@ def train(config: Config) -> dict[str, Any]:
     # A sample, the result, and a plot
     if config.sample and dataset.tokenizer:
         prompt = jnp.asarray(dataset.tokenizer.encode(config.prompt.encode()))
-        settings = (config.sample, config.context, config.temperature)
-        gpt = nnx.merge(graph, state.params)
-        tokens = model.generate(gpt, prompt, *settings, jax.random.key(config.seed))
+        gpt, key = nnx.merge(graph, state.params), jax.random.key(config.seed)
+        how = (config.sample, config.context, config.temperature, key)
+        tokens = model.generate(gpt, prompt, *how)
         text = dataset.tokenizer.decode(tokens.tolist())
         say(f"--- sample ---\n{config.prompt}{text}\n---")
     result = {

@@ -47,8 +47,8 @@ class NewtonSchulz:
       coefficients: A key of `coefficients.TABLES`, or rows ``(a, b, c)``.
       method: ``"plain"``, ``"gram"``, or ``"auto"`` for the one with fewer FLOPs.
       safety: s ≥ 1 of ``(a/s, b/s³, c/s⁵)`` on all rows but the table's last, for
-        ``"polar_express"`` (None is 1.01) and ``"cans"`` (None is 1, as published, which
-        diverges in bfloat16; 1.01 does not).
+        ``"polar_express"`` (None is 1.01) and ``"cans"`` (None is 1, as published;
+        that diverges in bfloat16, 1.01 does not).
       normalization: ``"frobenius"``, ``"schatten4"`` or ``"aol"``; None is the one the
         table was made for, Frobenius for rows of one's own.
       dtype: Type of the products: bfloat16, float16, float32 or float64. None is

@@ -131,7 +131,7 @@ def test_own_rows_are_taken_as_they_are():
     rows = [[1.5, -0.5, 0], [2, -1.5, 0.5]]
     assert resolve(rows) == ((1.5, -0.5, 0.0), (2.0, -1.5, 0.5))
     assert resolve(rows, 2) == resolve(rows)
-    assert resolve(np.array(rows)) == resolve(rows)
+    assert resolve(np.array(rows).tolist()) == resolve(rows)
     for steps in (1, 3):
         with pytest.raises(ValueError, match=rf"has 2 rows; got `steps={steps}`"):
             resolve(rows, steps)

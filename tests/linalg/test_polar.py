@@ -18,7 +18,7 @@ from optax_matrix._linalg import (
     newton_schulz,
     resolve,
 )
-from tests.linalg.problems import METHODS, ROTATABLE, SHAPES, gaussian
+from tests.linalg.problems import METHODS, ROTATABLE, SHAPES, gaussian, run
 from tests.references import polar as reference
 
 # Float32 rounding, amplified by up to the ∏ aᵢ of polar_express on small values.
@@ -28,44 +28,43 @@ every = pytest.mark.parametrize("method", METHODS, ids=str)
 rotatable = pytest.mark.parametrize("method", ROTATABLE, ids=str)
 
 
-@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (5, 5), (2, 4, 9)])
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (5, 5)])
 @rotatable
 def test_rotations_pass_through(method, shape):
     rng = np.random.default_rng(1)
     x = gaussian(shape)
     q, p = reference.orthogonal(rng, shape[-2]), reference.orthogonal(rng, shape[-1])
-    got = method.polar((q @ x @ p).astype(np.float32))
-    want = q @ np.asarray(method.polar(x.astype(np.float32)), np.float64) @ p
+    got = run(method, (q @ x @ p).astype(np.float32))
+    want = q @ np.asarray(run(method, x.astype(np.float32)), np.float64) @ p
     chex.assert_trees_all_close(got, want.astype(np.float32), atol=ATOL)
 
 
-@pytest.mark.parametrize("shape", [(4, 9), (5, 5), (1, 6), (2, 9, 4)])
+@pytest.mark.parametrize("shape", [(4, 9), (5, 5), (1, 7)])
 @every
 def test_transpose_passes_through(method, shape):
     if shape == (5, 5) and method not in ROTATABLE:
         pytest.skip("AOL rescales one of two equal sides")
     x = gaussian(shape).astype(np.float32)
-    got = method.polar(np.swapaxes(x, -2, -1))
-    want = np.swapaxes(method.polar(x), -2, -1)
+    got = run(method, np.swapaxes(x, -2, -1))
+    want = np.swapaxes(run(method, x), -2, -1)
     chex.assert_trees_all_close(got, want, atol=ATOL)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30, 2.0**-99, 1e37])
 @every
 def test_scale_does_not_matter(method, scale):
-    x = gaussian((5, 8)).astype(np.float32)
-    got = jax.jit(method.polar)(x * np.float32(scale))
+    x = gaussian((4, 9)).astype(np.float32)
+    got = run(method, x * np.float32(scale))
     # The product rounds once, and the condition number here is below 10.
-    chex.assert_trees_all_close(got, jax.jit(method.polar)(x), atol=2e-5)
+    chex.assert_trees_all_close(got, run(method, x), atol=2e-5)
 
 
 @every
 def test_a_stack_is_its_slices(method):
-    x = gaussian((2, 3, 4, 7)).astype(np.float32) * np.float32(10.0) ** np.arange(
-        -15, 15, 5, np.float32
-    ).reshape(2, 3, 1, 1)
-    got = method.polar(x)
-    want = jnp.stack([jnp.stack([method.polar(y) for y in z]) for z in x])
+    scale = np.array([1e-15, 1e-5, 1.0, 1e3, 1e9, 1e14]).reshape(2, 3, 1, 1)
+    x = (scale * gaussian((2, 3, 4, 9))).astype(np.float32)
+    got = run(method, x)
+    want = jnp.stack([jnp.stack([run(method, y) for y in z]) for z in x])
     # The same operations in another order of summation.
     chex.assert_trees_all_close(got, want, atol=1e-5)
 
@@ -73,11 +72,11 @@ def test_a_stack_is_its_slices(method):
 @every
 def test_zero_gives_zero(method):
     for shape in SHAPES:
-        got = method.polar(jnp.zeros(shape))
+        got = run(method, jnp.zeros(shape))
         assert not np.any(got)
     x = gaussian((3, 4, 6)).astype(np.float32)
     x[1] = 0
-    got = np.asarray(method.polar(x))
+    got = np.asarray(run(method, x))
     assert not got[1].any()
     assert np.linalg.norm(got[0]) > 1
 
@@ -85,7 +84,7 @@ def test_zero_gives_zero(method):
 @every
 def test_empty_axes_pass(method):
     for shape in [(0, 3, 4), (0, 4), (3, 0)]:
-        assert method.polar(jnp.zeros(shape)).shape == shape
+        assert run(method, jnp.zeros(shape)).shape == shape
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -93,21 +92,21 @@ def test_empty_axes_pass(method):
 @every
 def test_a_bad_matrix_harms_no_other(method, shape, bad):
     x = gaussian((3, *shape)).astype(np.float32)
-    clean = np.asarray(method.polar(x))
+    clean = np.asarray(run(method, x))
     x[1, 2, 3] = bad
-    got = np.asarray(method.polar(x))
+    got = np.asarray(run(method, x))
     assert np.isnan(got[1]).all()
     np.testing.assert_array_equal(got[[0, 2]], clean[[0, 2]])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [(4, 9), (7, 1)])
 @every
 def test_result_has_the_inputs_type(method, shape, dtype):
     x = jnp.asarray(gaussian(shape), dtype)
-    got = method.polar(x)
+    got = run(method, x)
     chex.assert_trees_all_equal_shapes_and_dtypes(got, x)
-    want = method.polar(x.astype(jnp.float32))
+    want = run(method, x.astype(jnp.float32))
     # Computed in float32 whatever the input: they differ by the last rounding alone,
     # which is half an ulp of numbers below 2.
     chex.assert_trees_all_close(
@@ -121,9 +120,9 @@ def test_result_has_the_inputs_type(method, shape, dtype):
 def test_half_precision_products(table, dtype, scale):
     x = gaussian((16, 40)).astype(np.float32)
     method = NewtonSchulz(coefficients=table, dtype=dtype)
-    got = method.polar(x * np.float32(scale))
+    got = run(method, x * np.float32(scale))
     assert got.dtype == jnp.float32
-    want = NewtonSchulz(coefficients=table).polar(x)
+    want = run(NewtonSchulz(coefficients=table), x)
     # Five steps of rounding at 2⁻⁸ (2⁻¹¹), each with coefficients up to 7.
     bound = 0.5 if dtype == "bfloat16" else 0.06
     assert np.linalg.norm(got - want, 2) < bound
@@ -135,11 +134,11 @@ def test_half_precision_products(table, dtype, scale):
 def test_float64_is_computed_in_float64(method):
     x = gaussian((4, 7))
     with jax.enable_x64(True):
-        got = method.polar(jnp.asarray(x))
+        got = run(method, jnp.asarray(x))
         assert got.dtype == jnp.float64
-        low = dataclasses.replace(method, dtype="float32").polar(jnp.asarray(x))
+        low = run(dataclasses.replace(method, dtype="float32"), jnp.asarray(x))
         assert low.dtype == jnp.float64
-        again = method.polar(jnp.asarray(x[::-1]))[::-1]
+        again = run(method, jnp.asarray(x[::-1]))[::-1]
     # Reversing the rows changes the order of summation and no more.
     np.testing.assert_allclose(np.asarray(got), np.asarray(again), atol=1e-12)
     assert np.abs(np.asarray(got) - np.asarray(low)).max() > 1e-9
@@ -159,7 +158,7 @@ def test_jit_and_vmap_equal_eager(method):
     )
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4), (1, 4), (2, 3, 4)])
+@pytest.mark.parametrize("shape", [(3, 5), (2, 5, 3)])
 @every
 def test_gradient_matches_finite_differences(method, shape):
     x, dx = gaussian(shape, 1), gaussian(shape, 2)
@@ -167,13 +166,13 @@ def test_gradient_matches_finite_differences(method, shape):
     with jax.enable_x64(True):
 
         def loss(y):
-            return jnp.vdot(jnp.asarray(weight), method.polar(y))
+            return jnp.vdot(jnp.asarray(weight), run(method, y))
 
         x, dx = jnp.asarray(x), jnp.asarray(dx)
-        got = jnp.vdot(jax.grad(loss)(x), dx)
+        got = jnp.vdot(jax.jit(jax.grad(loss))(x), dx)
         step = 1e-6
         want = (loss(x + step * dx) - loss(x - step * dx)) / (2 * step)
-        _, forward = jax.jvp(loss, (x,), (dx,))
+        _, forward = jax.jit(jax.jvp, static_argnums=0)(loss, (x,), (dx,))
     # Central differences of a loss of order 10: rounding 1e-15 / step.
     np.testing.assert_allclose(got, want, atol=2e-6, rtol=1e-6)
     np.testing.assert_allclose(got, forward, rtol=1e-9, atol=1e-9)
@@ -185,30 +184,31 @@ def test_gradient_ignores_the_scale_and_survives_zero(method):
     weight = gaussian((3, 4, 6), 1).astype(np.float32)
 
     def loss(y):
-        return jnp.sum(weight * method.polar(y))
+        return jnp.sum(weight * run(method, y))
 
-    want = jax.grad(loss)(x)
-    got = jax.grad(loss)(x * np.float32(2.0**-60)) * np.float32(2.0**-60)
+    gradient_of = jax.jit(jax.grad(loss))
+    want = gradient_of(x)
+    got = gradient_of(x * np.float32(2.0**-60)) * np.float32(2.0**-60)
     # Halley's inverse carries its float32 error into the gradient.
     chex.assert_trees_all_close(got, want, atol=2e-3)
 
     x[1] = 0
-    gradient = jax.grad(loss)(x)
+    gradient = gradient_of(x)
     chex.assert_tree_all_finite(gradient)
     assert not np.any(gradient[1])
     chex.assert_trees_all_close(gradient[0], want[0], atol=2e-3)
 
 
 def test_second_derivatives_of_the_matmul_methods():
-    x, dx = jnp.asarray(gaussian((3, 4))), jnp.asarray(gaussian((3, 4), 1))
     for method in (NewtonSchulz(), Halley(1e-1)):
         with jax.enable_x64(True):
             x, dx = jnp.asarray(gaussian((3, 4))), jnp.asarray(gaussian((3, 4), 1))
 
-            def slope(t, method=method, x=x, dx=dx):
-                return jax.jvp(method.polar, (x + t * dx,), (dx,))[1].sum()
+            @jax.jit
+            def slope(t, polar=method.polar, x=x, dx=dx):
+                return jax.jvp(polar, (x + t * dx,), (dx,))[1].sum()
 
-            got = jax.grad(slope)(0.0)
+            got = jax.jit(jax.grad(slope))(0.0)
             want = (slope(1e-5) - slope(-1e-5)) / 2e-5
         # Central differences of a quantity of order 100.
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
@@ -235,7 +235,7 @@ def test_a_method_survives_injection():
     x = jnp.asarray(gaussian((3, 5)), jnp.float32)
     tx = optax.inject_hyperparams(factory)(learning_rate=2.0, how=NewtonSchulz())
     got, _ = jax.jit(tx.update)(x, tx.init(x))
-    chex.assert_trees_all_close(got, 2.0 * NewtonSchulz().polar(x), atol=1e-5)
+    chex.assert_trees_all_close(got, 2.0 * run(NewtonSchulz(), x), atol=1e-5)
 
 
 def test_names():
@@ -301,10 +301,10 @@ def test_constructors_name_the_bad_argument(kind, arguments, error, message):
 @every
 def test_inputs_that_are_no_matrix_raise(method):
     with pytest.raises(ValueError, match=r"at least 2 axes \(..., m, n\), got shape"):
-        method.polar(jnp.ones(3))
+        run(method, jnp.ones(3))
     for dtype in ("int32", "complex64"):
         with pytest.raises(TypeError, match=f"real floating array, got dtype {dtype}"):
-            method.polar(jnp.ones((2, 3), dtype))
+            run(method, jnp.ones((2, 3), dtype))
 
 
 def test_the_pure_function_defaults_to_frobenius_and_auto():

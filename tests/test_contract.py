@@ -1,0 +1,273 @@
+"""What every public transformation and optimizer promises, on trees with matrices."""
+
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_matrix as om
+from tests import problems
+
+LR = 0.05
+TRANSFORMS = {
+    "ema_momentum": om.ema_momentum,
+    "scale_by_variance": om.scale_by_variance,
+    "scale_by_neuron_variance": om.scale_by_neuron_variance,
+    "orthogonalize": om.orthogonalize,
+    "orthogonalize_newton_schulz": om.orthogonalize_newton_schulz,
+    "orthogonalize_halley": om.orthogonalize_halley,
+    "orthogonalize_exact": om.orthogonalize_exact,
+    "scale_by_shape": om.scale_by_shape,
+    "match_rms": om.match_rms,
+    "normalize_frobenius": om.normalize_frobenius,
+    "hyperball_retract": om.hyperball_retract,
+    "add_cautious_weight_decay": lambda: om.add_cautious_weight_decay(0.1),
+    "floor_update_ratio": om.floor_update_ratio,
+    "switch_at": lambda: om.switch_at(2, om.match_rms(), om.ema_momentum()),
+}
+OPTIMIZERS = {
+    name: (lambda factory=om.OPTIMIZERS[name]: factory(LR))
+    for name in sorted(om.MATRIX_OPTIMIZERS)
+}
+SUBJECTS = TRANSFORMS | OPTIMIZERS
+EVERY = pytest.mark.parametrize("name", SUBJECTS)
+
+
+def tree(name, dtype="float32", seed=0):
+    """Matrices tall, wide and stacked, and None; for optimizers auxiliary leaves too."""
+    shapes = {"tall": (6, 4), "wide": (3, 5), "experts": (2, 4, 3)}
+    kernels = {
+        key: {"kernel": problems.normal(shape, seed * 10 + i, dtype)}
+        for i, (key, shape) in enumerate(shapes.items())
+    }
+    rest = {"frozen": None}
+    if name in OPTIMIZERS:
+        rest["norm"] = {"scale": problems.normal((4,), seed * 10 + 8, dtype)}
+        rest["embed"] = {"embedding": problems.normal((7, 4), seed * 10 + 9, dtype)}
+    return kernels | rest
+
+
+def jitted(tx):
+    return jax.jit(tx.update)
+
+
+def assert_close(got, want, atol=1e-5):
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=atol)
+
+
+def test_the_contract_covers_every_public_transformation():
+    factories = {
+        name
+        for name in om.__all__
+        if inspect.isfunction(getattr(om, name))
+        and inspect.signature(getattr(om, name)).return_annotation
+        is optax.GradientTransformationExtraArgs
+    }
+    assert factories - {"make_optimizer", "partition"} == set(SUBJECTS)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_matrix_path_runs(name):
+    # What the auxiliary optimizer would do to a kernel is not what happens to it, and
+    # what it does to the other leaves is.
+    params, grads = tree(name), tree(name, seed=1)
+    tx, auxiliary = SUBJECTS[name](), optax.adamw(LR, b2=0.95, weight_decay=0.0)
+    got, _ = jitted(tx)(grads, tx.init(params), params)
+    adam, _ = jitted(auxiliary)(grads, auxiliary.init(params), params)
+    for key in ("tall", "wide", "experts"):
+        assert jnp.abs(got[key]["kernel"] - adam[key]["kernel"]).max() > 1e-3
+    assert_close(got["norm"], adam["norm"])
+    assert_close(got["embed"], adam["embed"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@EVERY
+def test_types_are_kept_it_compiles_once_and_buffers_can_be_donated(name, dtype):
+    tx, params = SUBJECTS[name](), tree(name, dtype)
+    chex.clear_trace_counter()
+
+    @chex.assert_max_traces(n=1)
+    def step(updates, state, params):
+        return tx.update(updates, state, params)
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    state = tx.init(params)
+    abstract = jax.eval_shape(tx.init, jax.eval_shape(lambda: params))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract)
+    for t in range(3):
+        updates, state = step(tree(name, dtype, t), state, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract)
+    chex.assert_tree_all_finite(updates)
+    for p, s in zip(jax.tree.leaves(params), jax.tree.leaves(updates), strict=True):
+        assert jnp.abs(s).max() > 0 and p.shape == s.shape
+
+
+@EVERY
+def test_eager_jit_and_scan_agree_and_extra_arguments_pass(name):
+    tx, params = SUBJECTS[name](), tree(name)
+    grads = [tree(name, seed=t) for t in (1, 2)]
+    eager = tx.init(params)
+    compiled, update, outs = eager, jitted(tx), []
+    for g in grads:
+        want, eager = tx.update(g, eager, params, value=jnp.ones(()))
+        got, compiled = update(g, compiled, params)
+        outs.append(got)
+        assert_close(got, want)
+    assert_close(compiled, eager)
+
+    def body(state, g):
+        out, state = tx.update(g, state, params)
+        return state, out
+
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *grads)
+    state, scanned = jax.jit(jax.lax.scan, static_argnums=0)(
+        body, tx.init(params), stacked
+    )
+    assert_close(state, compiled)
+    assert_close(scanned, jax.tree.map(lambda *x: jnp.stack(x), *outs))
+
+
+@EVERY
+def test_zero_gradients_give_finite_updates(name):
+    tx, params = SUBJECTS[name](), tree(name)
+    zeros, update = jax.tree.map(jnp.zeros_like, params), jitted(tx)
+    state = tx.init(params)
+    for _ in range(2):
+        got, state = update(zeros, state, params)
+        chex.assert_tree_all_finite((got, state))
+    # A zero gradient moves nothing but what decays.
+    if name not in {"muonw", "add_cautious_weight_decay"}:
+        chex.assert_trees_all_close(got, zeros, atol=1e-6)
+
+
+@EVERY
+def test_a_nan_spoils_its_own_matrix_only(name):
+    tx, params, grads = SUBJECTS[name](), tree(name), tree(name, seed=1)
+    bad = grads["experts"]["kernel"].at[0, 1, 1].set(jnp.nan)
+    update = jitted(tx)
+    want, _ = update(grads, tx.init(params), params)
+    got, _ = update(grads | {"experts": {"kernel": bad}}, tx.init(params), params)
+    assert not jnp.isfinite(got["experts"]["kernel"][0]).all()
+    # Another program's worth of rounding: XLA may fuse around the NaN check.
+    assert_close(got["experts"]["kernel"][1], want["experts"]["kernel"][1])
+    others = [k for k in got if k != "experts"]
+    assert_close({k: got[k] for k in others}, {k: want[k] for k in others})
+
+
+STRUCTURAL = {
+    "orthogonalize_newton_schulz": ("steps",),
+    "orthogonalize_halley": ("steps", "lower_bound"),
+    "hopper": ("ns_steps",),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in SUBJECTS if n not in {"switch_at", "add_cautious_weight_decay"}]
+)
+def test_hyperparameters_can_be_injected(name):
+    factory = TRANSFORMS.get(name) or om.OPTIMIZERS[name]
+    given = {"learning_rate": LR} if name in OPTIMIZERS else {}
+    static = STRUCTURAL.get(name, ())
+    injected = optax.inject_hyperparams(factory, static_args=static)(**given)
+    plain, params = SUBJECTS[name](), tree(name)
+    want, _ = jitted(plain)(params, plain.init(params), params)
+    state = injected.init(params)
+    got, state = jitted(injected)(params, state, params)
+    assert_close(got, want)
+    if name in OPTIMIZERS:
+        # Twice the rate on the way is twice the step (a sphere bends it).
+        state.hyperparams["learning_rate"] = jnp.asarray(2 * LR)
+        again = injected.init(params)
+        again.hyperparams["learning_rate"] = jnp.asarray(2 * LR)
+        got, _ = jitted(injected)(params, again, params)
+        rtol = 0.1 if name in {"muonh", "adamh"} else 0.02
+        ratio = jnp.linalg.norm(got["tall"]["kernel"]) / jnp.linalg.norm(
+            want["tall"]["kernel"]
+        )
+        np.testing.assert_allclose(ratio, 2, rtol=rtol)
+
+
+@EVERY
+def test_masked_leaves_and_partitions_are_left_alone(name):
+    tx, params = SUBJECTS[name](), tree(name)
+    labels = jax.tree.map(lambda _: "ours", params) | {"wide": {"kernel": "other"}}
+    split = optax.partition({"ours": tx, "other": optax.scale(2.0)}, labels)
+    got, _ = jitted(split)(params, split.init(params), params)
+    want, _ = jitted(tx)(params, tx.init(params), params)
+    assert_close(got | {"wide": None}, want | {"wide": None})
+    assert_close(got["wide"]["kernel"], 2 * params["wide"]["kernel"])
+    assert got["frozen"] is None
+
+
+@EVERY
+def test_multi_steps_accumulates_to_the_mean(name):
+    tx, params = SUBJECTS[name](), tree(name)
+    grads = [tree(name, seed=t) for t in (1, 2)]
+    many = optax.MultiSteps(tx, every_k_schedule=2)
+    state, update = many.init(params), jax.jit(many.update)
+    for g in grads:
+        got, state = update(g, state, params)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *grads)
+    want, _ = jitted(tx)(mean, tx.init(params), params)
+    assert_close(got, want, atol=1e-4)
+
+
+@EVERY
+def test_vmap_over_an_ensemble_is_its_members(name):
+    tx = SUBJECTS[name]()
+    members = [tree(name, seed=t) for t in (1, 2)]
+    both = jax.tree.map(lambda *x: jnp.stack(x), *members)
+
+    def one(params):
+        return tx.update(params, tx.init(params), params)[0]
+
+    got = jax.jit(jax.vmap(one))(both)
+    want = [jax.jit(one)(m) for m in members]
+    assert_close(got, jax.tree.map(lambda *x: jnp.stack(x), *want), atol=1e-4)
+
+
+@EVERY
+def test_state_survives_a_checkpoint(name, tmp_path):
+    tx, params = SUBJECTS[name](), tree(name)
+    _, state = jitted(tx)(params, tx.init(params), params)
+    if not jax.tree.leaves(state):
+        return  # A transform without state has nothing to save.
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        back = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: state))
+    chex.assert_trees_all_equal(back, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(back, state)
+    got, _ = jitted(tx)(params, back, params)
+    want, _ = jitted(tx)(params, state, params)
+    chex.assert_trees_all_equal(got, want)
+
+
+@pytest.mark.parametrize("spec", [P("x", None), P(None, "x")], ids=["inputs", "outputs"])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@EVERY
+def test_sharded_equals_unsharded(name, kind, spec):
+    assert jax.device_count() == 8, "nothing is sharded on fewer devices"
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    tx, params = SUBJECTS[name](), {"kernel": problems.normal((16, 8))}
+    grads = {"kernel": problems.normal((16, 8), 1)}
+    want, _ = jitted(tx)(grads, tx.init(params), params)
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, spec)
+        params, grads = jax.device_put((params, grads), place)
+        state = tx.init(params)
+        got, new_state = jitted(tx)(grads, state, params)
+        types = jax.tree.map(jax.typeof, (got, new_state))
+        assert types == jax.tree.map(jax.typeof, (params, state))
+        if kind is AxisType.Explicit:
+            assert got["kernel"].sharding.spec == spec
+    # Sums in another order.
+    assert_close(got, want)
