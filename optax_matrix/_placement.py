@@ -19,9 +19,7 @@ def gathered(x: jax.Array) -> jax.Array:
     return jax.reshard(x, whole)
 
 
-def on_whole_matrices(
-    fn: Callable[[jax.Array], jax.Array], x: jax.Array
-) -> jax.Array:
+def on_whole_matrices(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """`fn(x)`, with a leaf sharded on an explicit mesh gathered before and put back."""
     whole = gathered(x)
     return fn(x) if whole is x else jax.reshard(fn(whole), jax.typeof(x).sharding)

@@ -163,7 +163,9 @@ def root_mean_square(tree: Any, *, layout: _layout.Layout = None) -> Any:
     return _per_matrix(rms, layout, tree)
 
 
-def update_to_weight(updates: Any, params: Any, *, layout: _layout.Layout = None) -> Any:
+def update_to_weight(
+    updates: Any, params: Any, *, layout: _layout.Layout = None
+) -> Any:
     r"""Relative length of a step, :math:`\|\Delta W\|_F / \|W\|_F`. *Cheap*.
 
     Args:
@@ -236,8 +238,7 @@ def _per_matrix(
 
     def on_leaf(view: _layout.MatrixView, *leaves: jax.Array) -> jax.Array:
         stacks = [
-            view.to_stacks(_placement.gathered(_numerics.wide(leaf)))
-            for leaf in leaves
+            view.to_stacks(_placement.gathered(_numerics.wide(leaf))) for leaf in leaves
         ]
         return _join([fn(*stack) for stack in zip(*stacks, strict=True)])
 

@@ -1,4 +1,4 @@
-"""Trees that reach the matrix path, gradients of chosen spectra, and steps over them."""
+"""Trees that reach the matrix path, gradients of chosen spectra, steps over both."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def matrices_only(dtype=jnp.float32, seed=0):
 
 
 def run(tx, params, grads):
-    """The iterates of `params` over a sequence of gradient trees, and the last state."""
+    """The iterates of `params` over gradient trees, and the last state."""
 
     @jax.jit
     def step(params, state, grad):

@@ -41,7 +41,7 @@ EVERY = pytest.mark.parametrize("name", SUBJECTS)
 
 
 def tree(name, dtype="float32", seed=0):
-    """Matrices tall, wide and stacked, and None; for optimizers auxiliary leaves too."""
+    """Matrices tall, wide, stacked, and None; for optimizers auxiliary leaves too."""
     shapes = {"tall": (6, 4), "wide": (3, 5), "experts": (2, 4, 3)}
     kernels = {
         key: {"kernel": problems.normal(shape, seed * 10 + i, dtype)}
@@ -251,7 +251,9 @@ def test_state_survives_a_checkpoint(name, tmp_path):
     chex.assert_trees_all_equal(got, want)
 
 
-@pytest.mark.parametrize("spec", [P("x", None), P(None, "x")], ids=["inputs", "outputs"])
+@pytest.mark.parametrize(
+    "spec", [P("x", None), P(None, "x")], ids=["inputs", "outputs"]
+)
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 @EVERY
 def test_sharded_equals_unsharded(name, kind, spec):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 
 import optax_matrix as om
 from examples.nanogpt import checkpoint, configs, data, model, plot, record, train
@@ -31,6 +32,24 @@ SMALL = dataclasses.replace(
     data=pydoc.__file__, val_every=6, val_windows=16, log_every=1, sample=0,
     checkpoint_every=0, quiet=True,
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs(tmp_path_factory):
+    """Most of the time here is compilation, often of the same program: done once."""
+    folder = str(tmp_path_factory.mktemp("programs"))
+    wanted = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield {name.upper(): str(value) for name, value in wanted.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def losses(result, kind="train"):
@@ -375,26 +394,29 @@ FLAGS = {
 }  # fmt: skip
 
 
-def start(folder, *more, module=True):
+def start(programs, folder, *more, module=True):
     """The example as a process of its own, on one device, `folder` its output."""
     flags = [word for k, v in FLAGS.items() for word in (f"--{k}", str(v))]
     script = ["-m", "examples.nanogpt.train"]
     if not module:
         script = [str(ROOT / "examples/nanogpt/train.py")]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return subprocess.Popen(
-        [sys.executable, *script, *flags, "--out", str(folder), *more],
-        cwd=ROOT,
-        env=environment | {"JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    # Into a file: nobody reads a pipe before the process ends.
+    with folder.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *script, *flags, "--out", str(folder), *more],
+            cwd=ROOT,
+            env=environment | programs | {"JAX_PLATFORMS": "cpu"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    process.log = Path(log.name)  # type: ignore
+    return process
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=240)
-    return output
+    process.wait(timeout=240)
+    return process.log.read_text()
 
 
 def signal_when(ready, process, number):
@@ -421,21 +443,21 @@ def numbers(folder):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(programs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    process = start(folder)
+    process = start(programs, folder)
     output = finish(process)
     assert process.returncode == 0, output
     return folder
 
 
-def test_a_killed_run_resumes_bit_for_bit(uninterrupted, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(programs, uninterrupted, tmp_path):
     folder = tmp_path / "run"
-    process = start(folder)
+    process = start(programs, folder)
     signal_when((folder / "checkpoints" / "12").exists, process, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert plot.read(folder)[-1]["kind"] != "final"
-    process = start(folder, "--resume")
+    process = start(programs, folder, "--resume")
     output = finish(process)
     assert process.returncode == 0, output
     resumed = [r for r in plot.read(folder) if r["kind"] == "resume"]
@@ -443,7 +465,9 @@ def test_a_killed_run_resumes_bit_for_bit(uninterrupted, tmp_path):
     assert numbers(folder) == numbers(uninterrupted)
 
 
-def test_a_signal_saves_and_the_run_resumes_bit_for_bit(uninterrupted, tmp_path):
+def test_a_signal_saves_and_the_run_resumes_bit_for_bit(
+    programs, uninterrupted, tmp_path
+):
     folder = tmp_path / "run"
     metrics = folder / "metrics.jsonl"
 
@@ -451,12 +475,12 @@ def test_a_signal_saves_and_the_run_resumes_bit_for_bit(uninterrupted, tmp_path)
         return metrics.exists() and '"kind": "train"' in metrics.read_text()
 
     often = ("--checkpoint-every", "1000")  # No checkpoint but that of the signal.
-    process = start(folder, *often, module=False)
+    process = start(programs, folder, *often, module=False)
     output = signal_when(has_begun, process, signal.SIGTERM)
     assert process.returncode == 128 + signal.SIGTERM, output
     assert "stopped by SIGTERM after step" in output
     assert "--resume" in output
-    process = start(folder, *often, "--resume", module=False)
+    process = start(programs, folder, *often, "--resume", module=False)
     output = finish(process)
     assert process.returncode == 0, output
     assert next(r for r in plot.read(folder) if r["kind"] == "resume")["step"] > 0

@@ -573,6 +573,11 @@ def test_partition_on_linen():
     assert seen[0]["layers"]["up"]["kernel"] == MatrixLayout()
 
 
+# Optax's own Adam and `MultiSteps` mix integers with floats.
+def as_optax_promotes():
+    return jax.numpy_dtype_promotion("standard")
+
+
 @pytest.fixture(scope="module")
 def nnx_model():
     model = nnx.eval_shape(lambda: models.NnxTransformer(nnx.Rngs(0), stacked=True))
@@ -609,17 +614,18 @@ def test_partition_through_the_nnx_optimizer(nnx_model):
 
 
 def test_partition_through_the_nnx_optimizer_with_optax_chains(nnx_model):
-    model = nnx.clone(nnx_model)
-    tx = partition(
-        lambda layouts: optax.chain(optax.trace(0.9), optax.scale(-0.1)),
-        optax.adamw(0.01),
-        routing=route(nnx.state(model, nnx.Param)),  # boxes, for bare gradients too
-    )
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    losses = [float(nnx_step(model, optimizer)) for _ in range(3)]
-    assert losses[2] < losses[1] < losses[0]
-    labels = optimizer.opt_state.inner_states
-    assert set(labels) == {"matrix", "auxiliary"}
+    with as_optax_promotes():
+        model = nnx.clone(nnx_model)
+        tx = partition(
+            lambda layouts: optax.chain(optax.trace(0.9), optax.scale(-0.1)),
+            optax.adamw(0.01),
+            routing=route(nnx.state(model, nnx.Param)),  # boxes, for bare gradients too
+        )
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        losses = [float(nnx_step(model, optimizer)) for _ in range(3)]
+        assert losses[2] < losses[1] < losses[0]
+        labels = optimizer.opt_state.inner_states
+        assert set(labels) == {"matrix", "auxiliary"}
 
 
 def small_params() -> Any:
@@ -660,32 +666,34 @@ def test_partition_inside_masks():
 
 
 def test_partition_initialises_on_shapes():
-    params = small_params()
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    tx = partition(lambda layouts: optax.trace(0.9), optax.adam(0.1))
-    abstract = jax.eval_shape(tx.init, shapes)
-    state = tx.init(params)
-    assert jax.tree.structure(abstract) == jax.tree.structure(state)
-    updates = jax.eval_shape(tx.update, shapes, abstract, shapes)[0]
-    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    with as_optax_promotes():
+        params = small_params()
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        tx = partition(lambda layouts: optax.trace(0.9), optax.adam(0.1))
+        abstract = jax.eval_shape(tx.init, shapes)
+        state = tx.init(params)
+        assert jax.tree.structure(abstract) == jax.tree.structure(state)
+        updates = jax.eval_shape(tx.update, shapes, abstract, shapes)[0]
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
 def test_partition_under_multi_steps_and_injected_hyperparameters():
-    params = small_params()
+    with as_optax_promotes():
+        params = small_params()
 
-    def make(learning_rate):
-        return partition(
-            lambda layouts: optax.scale_by_learning_rate(2.0 * learning_rate),
-            optax.scale_by_learning_rate(3.0 * learning_rate),
-        )
+        def make(learning_rate):
+            return partition(
+                lambda layouts: optax.scale_by_learning_rate(2.0 * learning_rate),
+                optax.scale_by_learning_rate(3.0 * learning_rate),
+            )
 
-    tx = optax.MultiSteps(optax.inject_hyperparams(make)(learning_rate=-1.0), 2)
-    state = tx.init(params)
-    update = jax.jit(tx.update)
-    updates, state = update(params, state, params)
-    assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(updates))
-    updates, state = update(params, state, params)
-    assert_marks(updates, params)
+        tx = optax.MultiSteps(optax.inject_hyperparams(make)(learning_rate=-1.0), 2)
+        state = tx.init(params)
+        update = jax.jit(tx.update)
+        updates, state = update(params, state, params)
+        assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(updates))
+        updates, state = update(params, state, params)
+        assert_marks(updates, params)
 
 
 def test_partition_state_can_be_mapped_by_parameter():

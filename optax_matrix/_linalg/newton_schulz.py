@@ -185,7 +185,7 @@ def _rescale(
     if normalization == "frobenius":
         return y, None
     gram = jnp.matmul(y, numerics.transpose(y), precision=precision)
-    wide = gram.astype(jnp.promote_types(gram.dtype, jnp.float32))
+    wide = gram.astype(numerics.at_least_float32(gram.dtype))
     if normalization == "schatten4":
         scale = 1.0 / jnp.sqrt(numerics.frobenius(wide))
     else:

@@ -75,11 +75,16 @@ def check_matrix(x: Array) -> None:
         )
 
 
+def at_least_float32(dtype: DTypeLike) -> np.dtype:
+    """Returns float64 for float64 and else float32, under any promotion rule."""
+    return jnp.dtype("float64" if jnp.dtype(dtype) == "float64" else "float32")
+
+
 def compute_dtype(x: Array, dtype: np.dtype | None) -> np.dtype:
     """Returns `dtype`, or by default float64 for float64 input and float32 for all."""
     if dtype is not None:
         return dtype
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return at_least_float32(x.dtype)
 
 
 def is_tall(x: Array) -> bool:
@@ -118,7 +123,7 @@ def unit_frobenius(x: Array, dtype: np.dtype) -> Array:
       smallest normal number (which accelerators and XLA on CPU flush to zero), comes
       out zero; one with a NaN or Inf comes out all NaN.
     """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(at_least_float32(x.dtype))
     # Nothing depends on this scale, as the next one cancels it: no gradient through it.
     peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=_MATRIX, keepdims=True))
     zero = peak < jnp.finfo(x.dtype).tiny

@@ -72,9 +72,7 @@ def shaped(
     return _transforms.scale_by_shape(rule, layout=layout)
 
 
-def rms_matched(
-    rms: Any, layout: _layout.Layout
-) -> optax.GradientTransformation:
+def rms_matched(rms: Any, layout: _layout.Layout) -> optax.GradientTransformation:
     """Entries of a given RMS; nothing for None."""
     if rms is None:
         return optax.identity()

@@ -96,9 +96,7 @@ def hopper(
                 orthogonalized(layout),
                 _transforms.scale_by_variance(b2, eps=eps),
             )
-        return optax.chain(
-            _routed.adam_direction(b1, b2, eps), orthogonalized(layout)
-        )
+        return optax.chain(_routed.adam_direction(b1, b2, eps), orthogonalized(layout))
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(

@@ -52,9 +52,7 @@ _MATRIX: Mapping[str, Factory] = {
 MATRIX_OPTIMIZERS: frozenset[str] = frozenset(_MATRIX)
 """The names of those that route: they take `routing` and `auxiliary`."""
 
-OPTIMIZERS: Mapping[str, Factory] = types.MappingProxyType(
-    {**_ELEMENTWISE, **_MATRIX}
-)
+OPTIMIZERS: Mapping[str, Factory] = types.MappingProxyType({**_ELEMENTWISE, **_MATRIX})
 """Name to factory, from SGD upwards; each takes the learning rate first."""
 
 

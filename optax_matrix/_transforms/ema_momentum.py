@@ -66,9 +66,7 @@ def ema_momentum(
             dtype = accumulator_dtype or _numerics.wide_dtype(p)
             return jnp.zeros_like(p, dtype=dtype)
 
-        return EmaMomentumState(
-            jnp.zeros((), jnp.int32), jax.tree.map(zeros, params)
-        )
+        return EmaMomentumState(jnp.zeros((), jnp.int32), jax.tree.map(zeros, params))
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args

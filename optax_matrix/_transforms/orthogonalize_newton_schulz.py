@@ -11,7 +11,7 @@ from optax_matrix._transforms.orthogonalize import orthogonalize
 
 
 def orthogonalize_newton_schulz(
-    steps: int | None = 5,
+    steps: int | None = None,
     *,
     coefficients: str | Sequence[tuple[float, float, float]] = "jordan",
     method: Literal["auto", "plain", "gram"] = "auto",
@@ -32,10 +32,12 @@ def orthogonalize_newton_schulz(
     orthogonalizes.
 
     Args:
-      steps: How many, at least 1; None takes the table's own number.
+      steps: How many, at least 1; None takes the table's own number, 5 for the default.
+        A number that the table does not define raises.
       coefficients: The name of a table (``"jordan"``, ``"quintic"``,
-        ``"polar_express"``, ``"cans"``, ``"aol"``, ``"track3"``, ``"cubic"``) or rows
-        of your own.
+        ``"polar_express"``, ``"cans"``, ``"aol"``, ``"track3"``, ``"cubic"``,
+        ``"cubic5"``) or rows of your own. `NewtonSchulz` has its safety factor and
+        normalization too: pass one to `orthogonalize`.
       method: ``"plain"`` as above; ``"gram"`` iterates on the small Gram matrix
         instead, equal to rounding; ``"auto"`` takes the one with fewer FLOPs.
       dtype: In which to compute; None is float32, float64 for float64 updates.

@@ -68,17 +68,13 @@ def scale_by_neuron_variance(
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
 
-        def average(
-            view: _layout.MatrixView, o: jax.Array, v: jax.Array
-        ) -> jax.Array:
+        def average(view: _layout.MatrixView, o: jax.Array, v: jax.Array) -> jax.Array:
             o = _numerics.wide(o)
             squares = view.sum(jnp.square(o), outputs=False)
             mean = squares / view.size(outputs=False)
             return _numerics.moving_average(v, mean.astype(v.dtype), decay)
 
-        def rescale(
-            view: _layout.MatrixView, o: jax.Array, v: jax.Array
-        ) -> jax.Array:
+        def rescale(view: _layout.MatrixView, o: jax.Array, v: jax.Array) -> jax.Array:
             wide = _numerics.wide(o)
             rms = jnp.sqrt(v) + _numerics.as_scalar(eps, v)
             evened = wide / view.expand(rms)

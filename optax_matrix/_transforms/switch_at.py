@@ -66,7 +66,10 @@ def switch_at(
             return late, first_state
 
         chosen, first_state = jax.lax.cond(
-            state.count < jnp.asarray(step).astype(jnp.int32), run_first, keep_second, state.first
+            state.count < jnp.asarray(step).astype(jnp.int32),
+            run_first,
+            keep_second,
+            state.first,
         )
         count = optax.safe_increment(state.count)
         return chosen, SwitchAtState(count, first_state, second_state)

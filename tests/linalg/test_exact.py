@@ -25,7 +25,7 @@ def test_matches_float64_reference(exact, shape):
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6), (6, 6)])
 @pytest.mark.parametrize("exact", BOTH)
 def test_rank_deficient_gives_the_partial_isometry(exact, shape):
-    x = matrix(*shape, "rank-deficient")
+    x = matrix(shape[0], shape[1], "rank-deficient")
     got = np.asarray(run(exact, x.astype(np.float32)))
     # Float32 rounding of a well-conditioned factor.
     np.testing.assert_allclose(got, reference.polar(x, rank=3), atol=1e-5)

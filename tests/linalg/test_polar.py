@@ -312,3 +312,11 @@ def test_the_pure_function_defaults_to_frobenius_and_auto():
     got = newton_schulz(x, resolve("jordan"))
     want = newton_schulz(x, resolve("jordan"), normalization="frobenius", method="gram")
     np.testing.assert_array_equal(got, want)
+
+
+@every
+def test_strict_promotion_changes_nothing(method):
+    x = jnp.asarray(gaussian((4, 9)), jnp.bfloat16)
+    with jax.numpy_dtype_promotion("strict"):
+        got = method.polar(x)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, x)

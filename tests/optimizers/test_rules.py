@@ -45,7 +45,9 @@ def test_agrees_with_the_published_rule_in_float64(name, shape):
         w = problems.normal(shape, 1, "float64")
         grads = problems.normal((STEPS, *shape), 2, "float64")
         params = {"kernel": w}
-        iterates, _ = problems.run(factory(0.02), params, [{"kernel": g} for g in grads])
+        iterates, _ = problems.run(
+            factory(0.02), params, [{"kernel": g} for g in grads]
+        )
         got = np.stack([p["kernel"] for p in iterates])
     want = rule(np.asarray(w), np.asarray(grads), 0.02, **settings)
     # Float64 throughout; hyperparameters enter optax's chain as float32 in places
@@ -119,7 +121,9 @@ def test_debiased_muon_is_optax_contrib_muon(nesterov):
 
 
 @pytest.mark.parametrize("orthogonalize", ["halley", "exact", om.NewtonSchulz(3)])
-@pytest.mark.parametrize("factory", [om.muon, om.muonw, om.muonh, om.normuon, om.adamuon])
+@pytest.mark.parametrize(
+    "factory", [om.muon, om.muonw, om.muonh, om.normuon, om.adamuon]
+)
 def test_the_orthogonalizing_stage_is_an_argument(factory, orthogonalize):
     params = {"kernel": problems.normal((6, 4))}
     # Two steps: AdaMuon's first update has entries of one size whatever the stage.

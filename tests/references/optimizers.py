@@ -109,9 +109,7 @@ def muon(w, grads, lr, beta=0.95, weight_decay=0.0, nesterov=True, debias=False)
 
 def muonh(w, grads, lr, beta=0.95):
     """arXiv:2606.16899 with Muon's direction."""
-    return descend_on_sphere(
-        w, [newton_schulz(u) for u in momenta(grads, beta)], lr
-    )
+    return descend_on_sphere(w, [newton_schulz(u) for u in momenta(grads, beta)], lr)
 
 
 def adamh(w, grads, lr, b1=0.9, b2=0.95, eps=1e-8):

@@ -25,9 +25,7 @@ def test_follows_the_formula():
 
 def test_signs_decide_even_where_the_product_underflows():
     u, w = jnp.array([[1e-30, -1e-30, 0.0]]), jnp.array([[1e-30, 1e-30, 2.0]])
-    np.testing.assert_allclose(
-        apply(u, w, 0.5), [[1.5e-30, -1e-30, 1.0]], rtol=1e-6
-    )
+    np.testing.assert_allclose(apply(u, w, 0.5), [[1.5e-30, -1e-30, 1.0]], rtol=1e-6)
 
 
 def test_can_be_masked():

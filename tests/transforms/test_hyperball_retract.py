@@ -103,12 +103,10 @@ def test_blocks_of_a_split_leaf_have_their_own_radius():
     assert state.radius.shape == (1, 2)
     end = w + got[0]
     for block in (slice(0, 7), slice(7, 10)):
-        np.testing.assert_allclose(
-            norms(end[:, block]), norms(w[:, block]), rtol=1e-6
-        )
+        np.testing.assert_allclose(norms(end[:, block]), norms(w[:, block]), rtol=1e-6)
 
 
 def test_a_zero_matrix_raises_at_init_with_its_path():
     params = {"proj": {"kernel": jnp.ones((2, 3, 3)).at[1].set(0)}}
-    with pytest.raises(ValueError, match="positive finite norm.*'proj/kernel'"):
+    with pytest.raises(ValueError, match=r"positive finite norm.*'proj/kernel'"):
         om.hyperball_retract().init(params)

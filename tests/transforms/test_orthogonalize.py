@@ -81,7 +81,7 @@ def test_a_method_of_ones_own_is_taken():
 
 
 def test_an_unknown_method_or_step_count_raises_at_construction():
-    with pytest.raises(ValueError, match="newton_schulz.*halley.*exact"):
+    with pytest.raises(ValueError, match=r"newton_schulz.*halley.*exact"):
         om.orthogonalize("qr")
     with pytest.raises(ValueError, match="`coefficients='quintic'` is a 5-step table"):
         om.orthogonalize_newton_schulz(10, coefficients="quintic")

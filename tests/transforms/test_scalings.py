@@ -105,7 +105,7 @@ def test_names_the_bad_argument():
         om.match_rms(0)
     with pytest.raises(ValueError, match="`to` must be one of 'one', 'param', got 2"):
         om.normalize_frobenius(2)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="`rule` must be one of .*got 'muon'"):
+    with pytest.raises(ValueError, match=r"`rule` must be one of .*got 'muon'"):
         om.scale_by_shape("muon")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="`rms` must lie in"):
         om.scale_by_shape("rms", rms=-1.0)

@@ -12,7 +12,9 @@ from tests import problems
 
 def test_first_before_the_step_and_second_from_it_on():
     updates = list(problems.normal((5, 3, 2)))
-    got, _ = problems.unroll(om.switch_at(3, optax.scale(2.0), optax.scale(-1)), updates)
+    got, _ = problems.unroll(
+        om.switch_at(3, optax.scale(2.0), optax.scale(-1)), updates
+    )
     factors = [float(g[0, 0] / u[0, 0]) for g, u in zip(got, updates, strict=True)]
     assert factors == [2, 2, 2, -1, -1]
 
