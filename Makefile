@@ -21,7 +21,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: nanogpt test test-slow test-lowest test-newest lint format wheel clean
 
 nanogpt: $(VENV)/.examples$(ACCELERATOR)
-	$(BIN)/python -m examples.nanogpt.train --preset tiny $(ARGS)
+	$(BIN)/python -m examples.nanogpt.train --config tiny $(ARGS)
 
 test: $(VENV)/.tests$(ACCELERATOR)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
