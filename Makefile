@@ -10,12 +10,13 @@ PYTHON ?= python3
 VENV ?= .venv
 ACCELERATOR ?=
 ARGS ?=
+LOCKFILE ?= constraints.txt
 comma := ,
 EXTRA = $(if $(ACCELERATOR),$(comma)$(ACCELERATOR))
 BIN = $(VENV)/bin
 # The locked versions go into environments made here. Where jax came from elsewhere
 # (a CUDA image, say) the lock would replace it, so there only the bounds hold.
-LOCK = $$(test -e $(VENV)/.locked && echo "--constraint constraints.txt")
+LOCK = $$(test -e $(VENV)/.locked && echo "--constraint $(LOCKFILE)")
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: nanogpt test test-slow test-lowest test-newest lint format wheel clean
@@ -59,7 +60,7 @@ $(BIN)/python:
 	fi
 
 # One stamp a set of extras; a newer pyproject.toml or lock installs again.
-$(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.%: pyproject.toml $(LOCKFILE) | $(BIN)/python
 	$(PIP) $(LOCK) --editable '.[$(subst $(ACCELERATOR),,$*)$(EXTRA)]'
 	@touch $@
 

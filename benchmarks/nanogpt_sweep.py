@@ -120,7 +120,7 @@ def sweep(args: argparse.Namespace) -> None:
             job.result()
 
 
-def table(path: str) -> str:
+def table(path: str | Path) -> str:
     """The results as Markdown, best first."""
     runs = json.loads(Path(path).read_text())
     rows = []

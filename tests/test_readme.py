@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from benchmarks import nanogpt_sweep
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -21,3 +23,9 @@ def test_python_blocks_run(page):
         assert tx.init(params)  # the first block's result is in use
         for name in ("halley", "gentle", "fused"):
             namespace[name].init(params)
+
+
+def test_the_table_is_that_of_the_raw_results():
+    text = (ROOT / "README.md").read_text()
+    (path,) = set(re.findall(r"\((benchmarks/results/nanogpt\S+?\.json)\)", text))
+    assert nanogpt_sweep.table(ROOT / path) in text

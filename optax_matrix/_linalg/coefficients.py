@@ -180,8 +180,7 @@ _QUINTIC = CoefficientTable(
         (2.8366, -3.0525, 1.2012),
     ),
     source=(
-        "You Jiacheng, 2025, "
-        "https://github.com/KellerJordan/modded-nanogpt/pull/43 and later; "
+        "You Jiacheng, 2025, https://x.com/YouJiacheng/status/1905861218138804534; "
         "`dion` in optax.contrib, `quintic` in NVIDIA Emerging-Optimizers"
     ),
     domain=(3e-3, 1.0),

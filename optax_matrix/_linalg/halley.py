@@ -79,9 +79,9 @@ def halley(
 
     References:
       Nakatsukasa, Bai and Gygi, 2010, `Optimizing Halley's iteration for computing the
-      matrix polar decomposition <https://doi.org/10.1137/090774999>`_, equations 3.10
-      and 5.3. Differs: ℓ is chosen and not estimated; always the Cholesky form, with an
-      explicit inverse, so that the large matrix is only ever multiplied.
+      matrix polar decomposition <https://doi.org/10.1137/090774999>`_. Differs: ℓ is
+      chosen and not estimated; always the Cholesky form, with an explicit inverse, so
+      that the large matrix is only ever multiplied.
     """
     numerics.check_matrix(x)
     if x.size == 0:
