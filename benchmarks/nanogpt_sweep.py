@@ -90,7 +90,9 @@ def sweep(args: argparse.Namespace) -> None:
         result = pool.submit(train_once, optimizer, lr, seed, args.preset).result()
         with lock:
             runs.append(result)
-            path.write_text(json.dumps(runs, indent=1) + "\n")
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(runs, indent=1) + "\n")
+            partial.replace(path)
         print(
             f"{optimizer:8} lr {lr:.3g} seed {seed}: {result['loss']:.4f} in "
             f"{result['seconds']:.0f} s",
@@ -128,7 +130,9 @@ def table(path: str | Path) -> str:
         mine = [run for run in runs if run["optimizer"] == name]
         trials = {r["lr"]: finite(r["loss"]) for r in mine if r["seed"] == 0}
         best = min(trials, key=lambda rate: trials[rate])
-        final = [r["loss"] for r in mine if r["seed"] in FINAL_SEEDS]
+        final = [
+            r["loss"] for r in mine if r["lr"] == best and r["seed"] in FINAL_SEEDS
+        ]
         if len(final) < len(FINAL_SEEDS):
             raise ValueError(f"{name} has not run all of the seeds {FINAL_SEEDS}")
         edge = "" if min(trials) < best < max(trials) else " (edge)"

@@ -1,6 +1,6 @@
 """Argument checks that let traced values through."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ def in_range(
     """Raises if a Python number lies outside [low, high), or (low, high).
 
     Arrays pass unread: an injected hyperparameter is traced when the factory runs, and
-    a schedule has no value yet.
+    a schedule has no value yet. So does None, where that is a default.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
@@ -59,8 +59,3 @@ def params_given(params: Any, user: str) -> None:
             f"`{user}` needs the parameters: call `tx.update(updates, state, params)` "
             "with `params`, got None."
         )
-
-
-def rate_or_schedule(name: str, value: float | jax.Array | Callable[..., Any]) -> None:
-    """Raises if a learning rate is a negative Python number; schedules pass."""
-    in_range(name, value, 0.0)

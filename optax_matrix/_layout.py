@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_matrix import _paths
+from optax_matrix import _paths, _placement
 
-path_name = _paths.path_name
 MuonDimensionNumbers = optax.contrib.MuonDimensionNumbers
 
 
@@ -282,7 +281,8 @@ class MatrixView:
             if len(widths) == 1:
                 axes += side
             else:
-                x = _block_reduce(reduce, x, side[0], widths)
+                # Explicit mode cannot cut a sharded axis into blocks.
+                x = _block_reduce(reduce, _placement.gathered(x), side[0], widths)
         return reduce(x, axis=axes, keepdims=True) if axes else x
 
     def expand(self, r: Any) -> Any:
@@ -443,7 +443,13 @@ def _is_entry(node: Any) -> bool:
     return isinstance(node, MuonDimensionNumbers | optax.MaskedNode)
 
 
-def tree_map(fn: Callable[..., Any], layout: Layout, tree: Any, *rest: Any) -> Any:
+def tree_map(
+    fn: Callable[..., Any],
+    layout: Layout,
+    tree: Any,
+    *rest: Any,
+    keep_boxes: bool = True,
+) -> Any:
     """Maps `fn(view, leaf, *rest_leaves)` over the leaves of `tree`.
 
     Empty nodes of `tree` (None, `optax.MaskedNode`) stay as they are, whatever `layout`
@@ -455,7 +461,11 @@ def tree_map(fn: Callable[..., Any], layout: Layout, tree: Any, *rest: Any) -> A
       layout: A layout for all leaves, a tree (prefix) of layouts matched to `tree` by
         name, or a function from `tree` to one of these.
       tree: The tree to map over.
-      *rest: Trees with the structure of `tree`, or with subtrees at its leaves.
+      *rest: Trees with the structure of `tree`, boxed or not, or with subtrees at its
+        leaves.
+      keep_boxes: Whether results go into the boxes that the leaves of `tree` are in
+        (Flax's `Variable` and `Partitioned`). A box has the sharding of its parameter:
+        state of another shape is kept without.
 
     Returns:
       A tree with the structure of `tree`.
@@ -466,8 +476,8 @@ def tree_map(fn: Callable[..., Any], layout: Layout, tree: Any, *rest: Any) -> A
     """
     if _paths.is_function(layout):
         layout = layout(tree)
-    _, treedef = jax.tree.flatten(tree)
-    others = [treedef.flatten_up_to(other) for other in rest]
+    bare = jax.tree.structure(_paths.unboxed(tree))
+    others = [bare.flatten_up_to(_paths.unboxed(other)) for other in rest]
     results = []
     for i, (place, entry, _) in enumerate(
         _paths.match(layout, tree, "layout", _is_entry)
@@ -483,4 +493,5 @@ def tree_map(fn: Callable[..., Any], layout: Layout, tree: Any, *rest: Any) -> A
         except TypeError as error:
             raise TypeError(f"{error} It is `layout` at '{place.name}'.") from None
         results.append(fn(fitted, place.leaf, *(other[i] for other in others)))
-    return jax.tree.unflatten(treedef, results)
+    structure = jax.tree.structure(tree) if keep_boxes else bare
+    return jax.tree.unflatten(structure, results)

@@ -65,6 +65,30 @@ def places(tree: Any) -> list[Place]:
     ]
 
 
+def _boxed(node: Any) -> list[Any]:
+    """What a box holds, in a list; nothing for another node."""
+    children, _ = jax.tree_util.tree_flatten_with_path(
+        node, is_leaf=lambda child: child is not node
+    )
+    keys = [path for path, _ in children]
+    return [children[0][1]] if keys == [(GetAttrKey("value"),)] else []
+
+
+def unboxed(tree: Any) -> Any:
+    """Returns the tree with each box replaced by the leaf inside.
+
+    A box carries the sharding of its parameter, which fits no leaf of another shape.
+    """
+
+    def is_box(node: Any) -> bool:
+        return bool(_boxed(node))
+
+    def inside(node: Any) -> Any:
+        return (_boxed(node) or [node])[0]
+
+    return jax.tree.map(inside, tree, is_leaf=is_box)
+
+
 def is_function(spec: Any) -> TypeGuard[Callable[..., Any]]:
     """Whether `spec` is a function, and not a pytree that happens to be callable."""
     return callable(spec) and jax.tree_util.all_leaves([spec])

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_matrix import _layout, _paths, _rules
@@ -32,6 +33,8 @@ def _from_label(label: Any, reason: str, path: str) -> _rules.Decision:
     """The decision a label states; None is auxiliary, as in `optax.contrib.muon`."""
     if isinstance(label, MatrixLayout | MuonDimensionNumbers):
         return _rules.Decision("matrix", reason, _layout.as_layout(label))
+    if isinstance(label, np.bool_):  # what a comparison of NumPy values returns
+        label = bool(label)
     if label is True or (isinstance(label, str) and label == "matrix"):
         return _rules.Decision("matrix", reason, MatrixLayout())
     if label is None or label is False:

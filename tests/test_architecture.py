@@ -16,7 +16,7 @@ LEVELS = {
     "_paths": 0,
     "_linalg": 1,
     "_layout": 2,
-    "_placement": 2,
+    "_placement": 1,
     "_rules": 3,
     "_routing": 4,
     "_transforms": 4,

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -251,25 +252,75 @@ def test_state_survives_a_checkpoint(name, tmp_path):
     chex.assert_trees_all_equal(got, want)
 
 
-@pytest.mark.parametrize(
-    "spec", [P("x", None), P(None, "x")], ids=["inputs", "outputs"]
-)
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 @EVERY
-def test_sharded_equals_unsharded(name, kind, spec):
+def test_sharded_equals_unsharded(name, kind):
     assert jax.device_count() == 8, "nothing is sharded on fewer devices"
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
-    tx, params = SUBJECTS[name](), {"kernel": problems.normal((16, 8))}
-    grads = {"kernel": problems.normal((16, 8), 1)}
+    tx = SUBJECTS[name]()
+    places = {
+        "inputs": {"kernel": NamedSharding(mesh, P("x", None))},
+        "outputs": {"kernel": NamedSharding(mesh, P(None, "x"))},
+        "experts": {"kernel": NamedSharding(mesh, P("x", None, None))},
+    }
+    shapes = {"inputs": (16, 8), "outputs": (6, 8), "experts": (8, 3, 5)}
+    params, grads = (
+        {k: {"kernel": problems.normal(shapes[k], seed)} for k in places}
+        for seed in (0, 1)
+    )
     want, _ = jitted(tx)(grads, tx.init(params), params)
     with jax.set_mesh(mesh):
-        place = NamedSharding(mesh, spec)
-        params, grads = jax.device_put((params, grads), place)
+        params, grads = (jax.device_put(tree, places) for tree in (params, grads))
         state = tx.init(params)
         got, new_state = jitted(tx)(grads, state, params)
         types = jax.tree.map(jax.typeof, (got, new_state))
         assert types == jax.tree.map(jax.typeof, (params, state))
         if kind is AxisType.Explicit:
-            assert got["kernel"].sharding.spec == spec
+            for key in places:
+                assert got[key]["kernel"].sharding.spec == places[key]["kernel"].spec
     # Sums in another order.
     assert_close(got, want)
+
+
+MATRIX_TRANSFORMS = [
+    name
+    for name, factory in TRANSFORMS.items()
+    if "layout" in inspect.signature(factory).parameters
+]
+
+
+@pytest.mark.parametrize("name", MATRIX_TRANSFORMS)
+def test_sharded_blocks_of_a_fused_kernel_equal_unsharded(name):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    tx = TRANSFORMS[name](layout=om.MatrixLayout(split_outputs=(16, 4, 4)))
+    params, grads = problems.normal((6, 24)), problems.normal((6, 24), 1)
+    want, _ = jitted(tx)(grads, tx.init(params), params)
+    with jax.set_mesh(mesh):
+        params, grads = jax.device_put((params, grads), P(None, "x"))
+        got, _ = jitted(tx)(grads, tx.init(params), params)
+        assert jax.typeof(got) == jax.typeof(params)
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_nnx_optimizer_trains_partitioned_parameters(name):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    spread = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("x", None))
+    with jax.set_mesh(mesh):
+        model = nnx.Linear(16, 4, kernel_init=spread, rngs=nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, SUBJECTS[name](), wrt=nnx.Param)
+        x, before = jnp.ones((2, 16)), jnp.copy(model.kernel[...])
+
+        def loss(model):
+            return jnp.sum(jnp.square(model(x) - 1.0))
+
+        @nnx.jit
+        def step(model, optimizer):
+            value, grads = nnx.value_and_grad(loss)(model)
+            optimizer.update(model, grads)
+            return value
+
+        losses = [step(model, optimizer) for _ in range(3)]
+        assert losses[-1] < losses[0]
+        assert jnp.abs(model.kernel[...] - before).max() > 1e-3
+        assert model.kernel[...].sharding.spec[0] == "x"

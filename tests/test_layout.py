@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from optax_matrix import _layout
+from optax_matrix import _paths
 from optax_matrix._layout import MatrixLayout, tree_map, view
 
 MuonDimensionNumbers = optax.contrib.MuonDimensionNumbers
@@ -376,10 +376,10 @@ def test_path_names_drop_the_box_alone():
     boxed = nnx.state(model, nnx.Param)
     for tree in (boxed, nnx.as_pure(boxed)):
         flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-        names = [_layout.path_name(path) for path, _ in flat]
+        names = [_paths.path_name(path) for path, _ in flat]
         assert names == ["value/bias", "value/kernel"]
     flat, _ = jax.tree_util.tree_flatten_with_path({"value": [1, {"value": 2}]})
-    assert [_layout.path_name(p) for p, _ in flat] == ["value/0", "value/1/value"]
+    assert [_paths.path_name(p) for p, _ in flat] == ["value/0", "value/1/value"]
 
 
 @pytest.mark.parametrize(

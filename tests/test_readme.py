@@ -3,6 +3,8 @@
 import pathlib
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from benchmarks import nanogpt_sweep
@@ -23,6 +25,14 @@ def test_python_blocks_run(page):
         assert tx.init(params)  # the first block's result is in use
         for name in ("halley", "gentle", "fused"):
             namespace[name].init(params)
+        weights = {"embed": {"weight": jnp.ones((9, 4))}}
+        weights |= {"layers": [{"weight": jnp.ones((3, 4)), "bias": jnp.ones(3)}]}
+        table = namespace["equinox"].init(weights).inner_states["matrix"]
+        assert [leaf.shape for leaf in jax.tree.leaves(table)] == [(), (3, 4)]
+        haiku = {"mlp/~/linear_0": {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}}
+        haiku |= {"embed": {"embeddings": jnp.ones((9, 3))}}
+        table = namespace["haiku"].init(haiku).inner_states["matrix"]
+        assert [leaf.shape for leaf in jax.tree.leaves(table)] == [(), (3, 4)]
 
 
 def test_the_table_is_that_of_the_raw_results():

@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import nnx
 
-from optax_matrix import _layout
+from optax_matrix import _layout, _paths
 from optax_matrix._layout import MatrixLayout
 from optax_matrix._routing import describe, partition, route
 from tests import flax_models as models
@@ -33,7 +33,7 @@ def matrices(params, routing=None):
     def note(path, layout, leaf):
         if layout != "auxiliary":
             (stack,) = _layout.view(leaf.shape, layout).matrices
-            found[_layout.path_name(path)] = stack
+            found[_paths.path_name(path)] = stack
 
     jax.tree_util.tree_map_with_path(note, layouts, params)
     return found
@@ -742,7 +742,7 @@ def test_describe_lists_each_leaf_once():
     description = describe(params)
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     assert [row.path for row in description.rows] == [
-        _layout.path_name(path) for path, _ in flat
+        _paths.path_name(path) for path, _ in flat
     ]
     for row, (_, leaf) in zip(description.rows, flat, strict=True):
         assert row.shape == leaf.shape and row.parameters == leaf.size

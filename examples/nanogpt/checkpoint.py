@@ -44,7 +44,7 @@ class Checkpoints:
         return self._manager.latest_step() if self._manager else None
 
     def due(self, step: int, every: int) -> bool:
-        return bool(self) and step % every == 0
+        return bool(self and every) and step % every == 0
 
     def save(self, step: int, state: Any) -> None:
         if self._manager:
@@ -61,7 +61,7 @@ class Checkpoints:
     def hint(self) -> str:
         """How to continue the run this process was."""
         words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
-        return "continue with\n    " + shlex.join(["python", *words, "--resume"])
+        return "continue with\n    " + shlex.join([sys.executable, *words, "--resume"])
 
 
 class Interruption:

@@ -2,7 +2,7 @@
 
 python -m examples.nanogpt.train                                # a minute, any machine
 python -m examples.nanogpt.train --optimizer adamw --lr 0.002
-python -m examples.nanogpt.train --preset gpt2-small            # 124M, GPU or TPU
+python -m examples.nanogpt.train --config gpt2-small            # 124M, GPU or TPU
 python -m examples.nanogpt.train --help
 """
 
@@ -154,6 +154,11 @@ def train(config: Config) -> dict[str, Any]:
 
     def train_windows(step: int) -> jax.Array:
         rows = dataset.train.batch(config.seed, step, config.batch_size, config.context)
+        if rows.max() >= dataset.vocab_size:
+            raise ValueError(
+                f"token {rows.max()} in {config.data}, whose vocabulary is "
+                f"{dataset.vocab_size}: were the shards made by another tokenizer?"
+            )
         return on_devices(rows, config.accumulate)
 
     val_rows = dataset.val.fixed(config.val_windows, config.context)
@@ -174,12 +179,15 @@ def train(config: Config) -> dict[str, Any]:
     parameters = check_ownership(table, params)
     optimizer = make_optimizer(config)
     state = jax.device_put(State(params, jax.jit(optimizer.init)(params)), everywhere)
-    keep = folder / "checkpoints" if folder and config.checkpoint_every else None
+    wanted = config.checkpoint_every or config.resume
+    keep = folder / "checkpoints" if folder and wanted else None
     saved = checkpoint.Checkpoints(keep)
     start = 0
     if config.resume:
         log.check_same(configs.identity(config), dataset.sha256)
         start = saved.latest() or 0
+        if not start:
+            say("no complete checkpoint: begins again at step 0")
         state = saved.restore(start, state) if start else state
         log.rewind(start)
 

@@ -2,11 +2,11 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import optax
 
-from optax_matrix import _check, _layout, _routing, _transforms
+from optax_matrix import _check, _layout, _linalg, _routing, _transforms
 
 Auxiliary = optax.GradientTransformation | Mapping[str, Any] | None
 
@@ -20,9 +20,8 @@ def routed(
     auxiliary_learning_rate: optax.ScalarOrSchedule | None,
 ) -> optax.GradientTransformationExtraArgs:
     """`matrix` for the hidden matrices, the auxiliary optimizer for the rest."""
-    _check.rate_or_schedule("learning_rate", learning_rate)
-    if auxiliary_learning_rate is not None:
-        _check.rate_or_schedule("auxiliary_learning_rate", auxiliary_learning_rate)
+    _check.in_range("learning_rate", learning_rate, 0.0)
+    _check.in_range("auxiliary_learning_rate", auxiliary_learning_rate, 0.0)
     rest = _auxiliary(auxiliary, auxiliary_learning_rate, learning_rate)
     matrix(None)  # The stages check their arguments now, not at `init`.
     return _routing.partition(matrix, rest, routing)
@@ -41,6 +40,11 @@ def _auxiliary(
                 "a dict."
             )
         return auxiliary
+    if not isinstance(auxiliary, Mapping | None):
+        raise TypeError(
+            "`auxiliary` must be an optax.GradientTransformation, a dict of settings "
+            f"of optax.adamw, or None, got {auxiliary!r}."
+        )
     # As in nanoGPT's line of recipes; b2 of 0.999 forgets too slowly for short runs.
     settings = {"b1": 0.9, "b2": 0.95, "weight_decay": 0.0}
     given = dict(auxiliary or {})
@@ -55,6 +59,29 @@ def _auxiliary(
     return optax.adamw(rate, **(settings | given))
 
 
+def momentum_average(
+    momentum: Any, *, nesterov: bool, debias: bool = False
+) -> optax.GradientTransformation:
+    """`ema_momentum`, its decay called by the optimizers' name for it."""
+    _check.in_range("momentum", momentum, 0.0, 1.0)
+    return _transforms.ema_momentum(momentum, nesterov=nesterov, debias=debias)
+
+
+def orthogonalized(
+    method: str | _linalg.PolarMethod, layout: _layout.Layout
+) -> optax.GradientTransformation:
+    """`orthogonalize`, its method called by the optimizers' name for it."""
+    if isinstance(method, str):
+        _check.one_of("orthogonalize", method, ("newton_schulz", "halley", "exact"))
+    return _transforms.orthogonalize(method, layout=layout)
+
+
+def check_second_moment(b2: Any, eps: Any) -> None:
+    """The stages would say `decay`."""
+    _check.in_range("b2", b2, 0.0, 1.0)
+    _check.in_range("eps", eps, 0.0, low_open=True)
+
+
 def decayed(weight_decay: Any) -> optax.GradientTransformation:
     """Decoupled weight decay; nothing, and no need of parameters, for a plain 0."""
     _check.in_range("weight_decay", weight_decay, 0.0)
@@ -67,6 +94,7 @@ def shaped(
     rule: _transforms.ShapeScale | None, layout: _layout.Layout
 ) -> optax.GradientTransformation:
     """The factor of the shape; nothing for None."""
+    _check.one_of("shape_scale", rule, (None, *get_args(_transforms.ShapeScale)))
     if rule is None:
         return optax.identity()
     return _transforms.scale_by_shape(rule, layout=layout)
@@ -74,6 +102,7 @@ def shaped(
 
 def rms_matched(rms: Any, layout: _layout.Layout) -> optax.GradientTransformation:
     """Entries of a given RMS; nothing for None."""
+    _check.in_range("rms", rms, 0.0, low_open=True)
     if rms is None:
         return optax.identity()
     return _transforms.match_rms(rms, layout=layout)
@@ -82,6 +111,5 @@ def rms_matched(rms: Any, layout: _layout.Layout) -> optax.GradientTransformatio
 def adam_direction(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
     """Adam's update before the learning rate, its settings checked."""
     _check.in_range("b1", b1, 0.0, 1.0)
-    _check.in_range("b2", b2, 0.0, 1.0)
-    _check.in_range("eps", eps, 0.0, low_open=True)
-    return optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    check_second_moment(b2, eps)
+    return _transforms.wide_statistics(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))

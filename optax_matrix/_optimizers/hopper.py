@@ -67,7 +67,7 @@ def hopper(
       auxiliary_learning_rate: See `muon`.
 
     Returns:
-      An optimizer. Its state is two arrays a hidden matrix.
+      An optimizer. Its state is two float32 arrays a hidden matrix.
 
     Raises:
       TypeError: At construction, for a traced ``ns_steps``.
@@ -83,6 +83,8 @@ def hopper(
     post = variance == "post"
     b1 = (0.95 if post else 0.9) if b1 is None else b1
     b2 = (0.95 if post else 0.999) if b2 is None else b2
+    _check.in_range("b1", b1, 0.0, 1.0)
+    _routed.check_second_moment(b2, eps)
 
     def orthogonalized(layout: _layout.Layout) -> optax.GradientTransformation:
         if ns_steps == 0:
@@ -163,11 +165,13 @@ def adamuon(
       through :math:`\epsilon` alone.
     """
 
+    _routed.check_second_moment(b2, eps)
+
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(
-            _transforms.ema_momentum(momentum, nesterov=nesterov),
+            _routed.momentum_average(momentum, nesterov=nesterov),
             optax.scale_by_sign(),
-            _transforms.orthogonalize(orthogonalize, layout=layout),
+            _routed.orthogonalized(orthogonalize, layout),
             _transforms.scale_by_variance(b2, eps=eps, debias=False),
             _step(learning_rate, rms, weight_decay, layout),
         )

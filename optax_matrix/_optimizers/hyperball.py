@@ -52,8 +52,8 @@ def muonh(
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(
-            _transforms.ema_momentum(momentum, nesterov=nesterov),
-            _transforms.orthogonalize(orthogonalize, layout=layout),
+            _routed.momentum_average(momentum, nesterov=nesterov),
+            _routed.orthogonalized(orthogonalize, layout),
             _on_sphere(learning_rate, layout),
         )
 
@@ -93,8 +93,8 @@ def adamh(
       auxiliary_learning_rate: See `muon`.
 
     Returns:
-      An optimizer that needs ``params``. Its state is two arrays and one radius a
-      hidden matrix, the arrays in the parameter's dtype.
+      An optimizer that needs ``params``. Its state is two float32 arrays and one
+      radius a hidden matrix.
 
     Raises:
       ValueError: As `muonh`.

@@ -56,7 +56,9 @@ def muon(
       shape_scale: The factor of the shape, see `scale_by_shape`; None for 1.
       weight_decay: :math:`\lambda`, not negative, decoupled, on the hidden matrices.
       routing: Which leaves are hidden matrices, and in which layout: None for the rules
-        of Flax trees, a predicate on (path, leaf), or a tree; see `describe`.
+        of Flax trees, a predicate on (path, leaf), or a tree; see `describe`. Under
+        `optax.inject_hyperparams` name a predicate in ``static_args``, as functions
+        are taken for schedules there.
       auxiliary: What trains the other leaves: a transformation, or settings of
         `optax.adamw` as a dict. None: ``b1=0.9, b2=0.95, weight_decay=0``.
       auxiliary_learning_rate: Of that AdamW. None: the same as ``learning_rate``.
@@ -76,8 +78,8 @@ def muon(
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(
-            _transforms.ema_momentum(momentum, nesterov=nesterov, debias=debias),
-            _transforms.orthogonalize(orthogonalize, layout=layout),
+            _routed.momentum_average(momentum, nesterov=nesterov, debias=debias),
+            _routed.orthogonalized(orthogonalize, layout),
             _routed.shaped(shape_scale, layout),
             _routed.decayed(weight_decay),
             optax.scale_by_learning_rate(learning_rate),

@@ -58,10 +58,12 @@ def normuon(
       axis.
     """
 
+    _routed.check_second_moment(b2, eps)
+
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(
-            _transforms.ema_momentum(momentum, nesterov=nesterov),
-            _transforms.orthogonalize(orthogonalize, layout=layout),
+            _routed.momentum_average(momentum, nesterov=nesterov),
+            _routed.orthogonalized(orthogonalize, layout),
             _transforms.scale_by_neuron_variance(b2, eps=eps, layout=layout),
             _routed.shaped(shape_scale, layout),
             _routed.decayed(weight_decay),

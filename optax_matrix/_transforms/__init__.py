@@ -1,5 +1,6 @@
 """Gradient transformations, one a file."""
 
+from optax_matrix._transforms._wide import wide_statistics
 from optax_matrix._transforms.add_cautious_weight_decay import add_cautious_weight_decay
 from optax_matrix._transforms.ema_momentum import EmaMomentumState, ema_momentum
 from optax_matrix._transforms.floor_update_ratio import floor_update_ratio
@@ -47,4 +48,5 @@ __all__ = [
     "scale_by_shape",
     "scale_by_variance",
     "switch_at",
+    "wide_statistics",
 ]

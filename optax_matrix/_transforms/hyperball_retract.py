@@ -28,12 +28,13 @@ def hyperball_retract(
     It comes last: what arrives must be the step itself, learning rate and sign
     included, and the parameters must take its output unchanged. MuonH is
 
+    >>> import optax_matrix as om
     >>> tx = optax.chain(
-    ...     ema_momentum(),
-    ...     orthogonalize_newton_schulz(),
-    ...     normalize_frobenius("param"),
+    ...     om.ema_momentum(),
+    ...     om.orthogonalize_newton_schulz(),
+    ...     om.normalize_frobenius("param"),
     ...     optax.scale_by_learning_rate(0.018),
-    ...     hyperball_retract(),
+    ...     om.hyperball_retract(),
     ... )
 
     There is no weight decay on a sphere: it would only lengthen the step.
@@ -48,7 +49,8 @@ def hyperball_retract(
       radius is held to float32 rounding, for parameters of 16 bits too: their rounding
       is made up for by moving the smallest entries by one unit in the last place (a
       matrix of a few dozen entries has too few for that and is held to its own
-      rounding). A non-finite update spoils its own matrix only.
+      rounding). Parameters wider than the updates get the radius to the rounding of
+      the updates. A non-finite update spoils its own matrix only.
 
     Raises:
       ValueError: At ``init``, if a leaf does not fit ``layout`` or (outside jit) holds
@@ -67,7 +69,9 @@ def hyperball_retract(
             _raise_if_zero(norm, view)
             return norm
 
-        return HyperballRetractState(_layout.tree_map(radius, layout, params))
+        return HyperballRetractState(
+            _layout.tree_map(radius, layout, params, keep_boxes=False)
+        )
 
     def update(updates, state, params=None, **extra_args):
         del extra_args

@@ -29,8 +29,8 @@ def orthogonalize_halley(
     factorization of the small side.
 
     Args:
-      lower_bound: :math:`\ell`, in (0, 1): the smallest singular value, relative to the
-        largest, that the step is fitted to. The float32 error grows with its inverse.
+      lower_bound: :math:`\ell`, in (0, 1]: the smallest singular value that matters,
+        relative to the Schatten-4 norm. The float32 error grows with its inverse.
       steps: How many, at least 1; the bound is carried from one to the next.
       dtype: In which to compute; None is float32, float64 for float64 updates.
       layout: Which axes of a leaf are the matrix, see `MatrixLayout`. None: the last

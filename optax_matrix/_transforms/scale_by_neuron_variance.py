@@ -62,7 +62,7 @@ def scale_by_neuron_variance(
             like = jnp.zeros_like(p, dtype=_numerics.wide_dtype(p))
             return view.sum(like, outputs=False)
 
-        variance = _layout.tree_map(zeros, layout, params)
+        variance = _layout.tree_map(zeros, layout, params, keep_boxes=False)
         return ScaleByNeuronVarianceState(jnp.zeros((), jnp.int32), variance)
 
     def update(updates, state, params=None, **extra_args):
@@ -83,7 +83,9 @@ def scale_by_neuron_variance(
             )
             return (evened * view.expand(restore)).astype(o.dtype)
 
-        variance = _layout.tree_map(average, layout, updates, state.variance)
+        variance = _layout.tree_map(
+            average, layout, updates, state.variance, keep_boxes=False
+        )
         scaled = _layout.tree_map(rescale, layout, updates, variance)
         count = optax.safe_increment(state.count)
         return scaled, ScaleByNeuronVarianceState(count, variance)

@@ -109,14 +109,26 @@ def test_bad_arguments_raise_at_construction():
         om.muon(0.1, auxiliary=optax.sgd(1.0), auxiliary_learning_rate=0.1)
     with pytest.raises(ValueError, match="`learning_rate` must lie in"):
         om.muon(-0.1)
-    with pytest.raises(ValueError, match="`decay` must lie in"):
+    with pytest.raises(ValueError, match="`momentum` must lie in"):
         om.muonh(0.1, momentum=1.0)
     with pytest.raises(ValueError, match="`weight_decay` must lie in"):
         om.muonw(0.1, weight_decay=-1.0)
-    with pytest.raises(ValueError, match="`rule` must be one of"):
+    with pytest.raises(ValueError, match="`shape_scale` must be one of"):
         om.muon(0.1, shape_scale="square")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="`b2` must lie in"):
         om.adamh(0.1, b2=2.0)
+    with pytest.raises(ValueError, match="`b2` must lie in"):
+        om.normuon(0.1, b2=1.0)
+    with pytest.raises(ValueError, match="`eps` must lie in"):
+        om.adamuon(0.1, eps=0.0)
+    with pytest.raises(ValueError, match="`rms` must lie in"):
+        om.adamuon(0.1, rms=-1)
+    with pytest.raises(ValueError, match="`b1` must lie in"):
+        om.hopper(0.1, b1=1.0)
+    with pytest.raises(ValueError, match="`orthogonalize` must be one of"):
+        om.muon(0.1, orthogonalize="qr")
+    with pytest.raises(TypeError, match="`auxiliary` must be an optax"):
+        om.muon(0.1, auxiliary="adamw")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="`variance` must be one of"):
         om.hopper(0.1, variance="both")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="`ns_steps` must be at least 0, got -1"):

@@ -120,7 +120,7 @@ def test_debiased_muon_is_optax_contrib_muon(nesterov):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), a, b)
 
 
-@pytest.mark.parametrize("orthogonalize", ["halley", "exact", om.NewtonSchulz(3)])
+@pytest.mark.parametrize("orthogonalize", ["halley", "exact", om.NewtonSchulz(1)])
 @pytest.mark.parametrize(
     "factory", [om.muon, om.muonw, om.muonh, om.normuon, om.adamuon]
 )
@@ -130,8 +130,21 @@ def test_the_orthogonalizing_stage_is_an_argument(factory, orthogonalize):
     grads = [params, {"kernel": problems.normal((6, 4), 1)}]
     got, _ = problems.run(factory(0.1, orthogonalize=orthogonalize), params, grads)
     usual, _ = problems.run(factory(0.1), params, grads)
-    assert jnp.abs(got[-1]["kernel"] - usual[-1]["kernel"]).max() > 1e-3
+    # Steps of 0.02 and more: far above their float32 rounding, 1e-8.
+    assert jnp.abs(got[-1]["kernel"] - usual[-1]["kernel"]).max() > 1e-4
     if factory is om.muon and orthogonalize == "exact":
         step = got[0]["kernel"] - params["kernel"]
         want = -0.1 * reference.polar(np.asarray(params["kernel"], np.float64))
         np.testing.assert_allclose(step, want, atol=1e-6)
+
+
+def test_adams_statistics_are_float32_for_bfloat16_parameters():
+    # In bfloat16 an average with b2 = 0.999 stands still at half of what it should be.
+    params = {"kernel": jnp.ones((4, 3), "bfloat16")}
+    tx = om.hopper(0.01, variance="pre")
+    update, state = jax.jit(tx.update), tx.init(params)
+    for _ in range(1000):
+        _, state = update(params, state, params)
+    nu = optax.tree.get(state.inner_states["matrix"], "nu")["kernel"]
+    assert nu.dtype == jnp.float32
+    np.testing.assert_allclose(nu, 1 - 0.999**1000, rtol=1e-3)
