@@ -102,6 +102,7 @@ def test_types_are_kept_it_compiles_once_and_buffers_can_be_donated(name, dtype)
     state = tx.init(params)
     abstract = jax.eval_shape(tx.init, jax.eval_shape(lambda: params))
     chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract)
+    updates = None
     for t in range(3):
         updates, state = step(tree(name, dtype, t), state, params)
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
@@ -140,7 +141,7 @@ def test_eager_jit_and_scan_agree_and_extra_arguments_pass(name):
 def test_zero_gradients_give_finite_updates(name):
     tx, params = SUBJECTS[name](), tree(name)
     zeros, update = jax.tree.map(jnp.zeros_like, params), jitted(tx)
-    state = tx.init(params)
+    got, state = update(zeros, tx.init(params), params)
     for _ in range(2):
         got, state = update(zeros, state, params)
         chex.assert_tree_all_finite((got, state))
@@ -214,8 +215,8 @@ def test_multi_steps_accumulates_to_the_mean(name):
     grads = [tree(name, seed=t) for t in (1, 2)]
     many = optax.MultiSteps(tx, every_k_schedule=2)
     state, update = many.init(params), jax.jit(many.update)
-    for g in grads:
-        got, state = update(g, state, params)
+    _, state = update(grads[0], state, params)
+    got, _ = update(grads[1], state, params)
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *grads)
     want, _ = jitted(tx)(mean, tx.init(params), params)
     assert_close(got, want, atol=1e-4)

@@ -46,7 +46,7 @@ def _auxiliary(
             f"of optax.adamw, or None, got {auxiliary!r}."
         )
     # As in nanoGPT's line of recipes; b2 of 0.999 forgets too slowly for short runs.
-    settings = {"b1": 0.9, "b2": 0.95, "weight_decay": 0.0}
+    settings: dict[str, Any] = {"b1": 0.9, "b2": 0.95, "weight_decay": 0.0}
     given = dict(auxiliary or {})
     known = set(inspect.signature(optax.adamw).parameters) - {"learning_rate"}
     unknown = sorted(set(given) - known)

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import ArrayLike
 
 from optax_matrix._layout import MatrixView
@@ -22,6 +23,11 @@ def wide_dtype(x: Any) -> Any:
 def as_scalar(value: ArrayLike, like: jax.Array) -> jax.Array:
     """A hyperparameter in the dtype it is used in; it may be traced or float32."""
     return jnp.asarray(value, like.dtype)
+
+
+def next_count(count: jax.Array) -> jax.Array:
+    """The number of updates with this one, stopping at the largest int32."""
+    return jnp.asarray(optax.safe_increment(count))
 
 
 def moving_average(old: jax.Array, new: jax.Array, decay: ArrayLike) -> jax.Array:

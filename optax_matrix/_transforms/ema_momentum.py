@@ -70,7 +70,7 @@ def ema_momentum(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        count = optax.safe_increment(state.count)
+        count = _numerics.next_count(state.count)
 
         def average(g: jax.Array, m: jax.Array) -> jax.Array:
             g = _numerics.wide(g)
@@ -79,7 +79,7 @@ def ema_momentum(
         def look_ahead(g: jax.Array, m: jax.Array) -> jax.Array:
             wide_g = _numerics.wide(g)
             if debias:
-                seen = optax.safe_increment(count) if nesterov else count
+                seen = _numerics.next_count(count) if nesterov else count
                 m = m / _numerics.bias_correction(decay, seen, m)
             if not nesterov:
                 return m.astype(g.dtype)

@@ -87,7 +87,7 @@ def scale_by_neuron_variance(
             average, layout, updates, state.variance, keep_boxes=False
         )
         scaled = _layout.tree_map(rescale, layout, updates, variance)
-        count = optax.safe_increment(state.count)
+        count = _numerics.next_count(state.count)
         return scaled, ScaleByNeuronVarianceState(count, variance)
 
     return optax.GradientTransformationExtraArgs(init, update)

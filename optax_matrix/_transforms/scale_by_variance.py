@@ -69,7 +69,7 @@ def scale_by_variance(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        count = optax.safe_increment(state.count)
+        count = _numerics.next_count(state.count)
 
         def average(u: jax.Array, v: jax.Array) -> jax.Array:
             return _numerics.moving_average(v, jnp.square(_numerics.wide(u)), decay)

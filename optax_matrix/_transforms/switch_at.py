@@ -8,6 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_matrix import _check
+from optax_matrix._transforms import _numerics
 
 
 class SwitchAtState(NamedTuple):
@@ -71,7 +72,7 @@ def switch_at(
             keep_second,
             state.first,
         )
-        count = optax.safe_increment(state.count)
+        count = _numerics.next_count(state.count)
         return chosen, SwitchAtState(count, first_state, second_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

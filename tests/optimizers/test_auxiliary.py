@@ -114,7 +114,7 @@ def test_bad_arguments_raise_at_construction():
     with pytest.raises(ValueError, match="`weight_decay` must lie in"):
         om.muonw(0.1, weight_decay=-1.0)
     with pytest.raises(ValueError, match="`shape_scale` must be one of"):
-        om.muon(0.1, shape_scale="square")  # pyright: ignore[reportArgumentType]
+        om.muon(0.1, shape_scale="square")
     with pytest.raises(ValueError, match="`b2` must lie in"):
         om.adamh(0.1, b2=2.0)
     with pytest.raises(ValueError, match="`b2` must lie in"):
@@ -128,9 +128,9 @@ def test_bad_arguments_raise_at_construction():
     with pytest.raises(ValueError, match="`orthogonalize` must be one of"):
         om.muon(0.1, orthogonalize="qr")
     with pytest.raises(TypeError, match="`auxiliary` must be an optax"):
-        om.muon(0.1, auxiliary="adamw")  # pyright: ignore[reportArgumentType]
+        om.muon(0.1, auxiliary="adamw")
     with pytest.raises(ValueError, match="`variance` must be one of"):
-        om.hopper(0.1, variance="both")  # pyright: ignore[reportArgumentType]
+        om.hopper(0.1, variance="both")
     with pytest.raises(ValueError, match="`ns_steps` must be at least 0, got -1"):
         om.hopper(0.1, ns_steps=-1)
 

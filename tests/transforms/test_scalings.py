@@ -104,9 +104,9 @@ def test_names_the_bad_argument():
     with pytest.raises(ValueError, match=r"`target` must lie in \(0, inf\), got 0"):
         om.match_rms(0)
     with pytest.raises(ValueError, match="`to` must be one of 'one', 'param', got 2"):
-        om.normalize_frobenius(2)  # pyright: ignore[reportArgumentType]
+        om.normalize_frobenius(2)
     with pytest.raises(ValueError, match=r"`rule` must be one of .*got 'muon'"):
-        om.scale_by_shape("muon")  # pyright: ignore[reportArgumentType]
+        om.scale_by_shape("muon")
     with pytest.raises(ValueError, match="`rms` must lie in"):
         om.scale_by_shape("rms", rms=-1.0)
     with pytest.raises(ValueError, match=r"`floor` must lie in \[0, inf\), got -1"):
