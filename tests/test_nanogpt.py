@@ -159,8 +159,9 @@ def small_step():
     return graph, params, windows
 
 
-@pytest.mark.parametrize("name", sorted(om.OPTIMIZERS))
-def test_every_optimizer_trains_the_model(name, small_step):
+# Of the elementwise ones two: that all of them descend is tested with the registry.
+@pytest.mark.parametrize("name", [*sorted(om.MATRIX_OPTIMIZERS), "adamw", "lion"])
+def test_optimizers_train_the_model(name, small_step):
     graph, params, windows = small_step
     config = configs.resolve(dataclasses.replace(SMALL, optimizer=name))
     optimizer = train.make_optimizer(config)

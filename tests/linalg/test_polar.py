@@ -158,7 +158,7 @@ def test_jit_and_vmap_equal_eager(method):
     )
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (2, 5, 3)])
+@pytest.mark.parametrize("shape", [(2, 5, 3)])
 @every
 def test_gradient_matches_finite_differences(method, shape):
     x, dx = gaussian(shape, 1), gaussian(shape, 2)
