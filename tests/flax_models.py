@@ -177,3 +177,7 @@ class NnxTransformer(nnx.Module):
             for block in self.blocks:
                 x = block(x)
         return self.head(self.norm(x))
+
+
+# Flax renamed it; `nnx.Optimizer` hands `tx.update` what it returns.
+as_pure = getattr(nnx, "as_pure", None) or nnx.pure

@@ -9,6 +9,7 @@ from flax import nnx
 
 from optax_matrix import _paths
 from optax_matrix._layout import MatrixLayout, tree_map, view
+from tests import flax_models as models
 
 MuonDimensionNumbers = optax.contrib.MuonDimensionNumbers
 
@@ -352,7 +353,7 @@ def test_shapes_alone_suffice():
 def test_boxed_and_bare_trees_take_the_same_layouts():
     model = nnx.List([nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0))])
     boxed = nnx.state(model, nnx.Param)
-    bare = nnx.as_pure(boxed)
+    bare = models.as_pure(boxed)
     flipped = MatrixLayout(-1, -2)
     trees = [
         jax.tree.map(lambda _: flipped, boxed),
@@ -374,7 +375,7 @@ def test_boxed_and_bare_trees_take_the_same_layouts():
 def test_path_names_drop_the_box_alone():
     model = nnx.Dict(value=nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     boxed = nnx.state(model, nnx.Param)
-    for tree in (boxed, nnx.as_pure(boxed)):
+    for tree in (boxed, models.as_pure(boxed)):
         flat, _ = jax.tree_util.tree_flatten_with_path(tree)
         names = [_paths.path_name(path) for path, _ in flat]
         assert names == ["value/bias", "value/kernel"]

@@ -179,8 +179,8 @@ def test_nnx_transformer(is_stacked, use_bias):
         want |= block("blocks/0", "fc", "proj") | block("blocks/1", "fc", "proj")
     boxed = nnx.state(model, nnx.Param)
     assert matrices(boxed) == want
-    assert matrices(nnx.as_pure(boxed)) == want
-    layouts = nnx.as_pure(route(boxed))
+    assert matrices(models.as_pure(boxed)) == want
+    layouts = models.as_pure(route(boxed))
     assert layouts["embed"]["embedding"] == "auxiliary"
     assert layouts["head"]["kernel"] == "auxiliary"
 
@@ -600,9 +600,9 @@ def test_partition_through_the_nnx_optimizer(nnx_model):
     model = nnx.clone(nnx_model)
     optimizer = nnx.Optimizer(model, marking(), wrt=nnx.Param)
     for _ in range(2):
-        before = nnx.as_pure(nnx.state(nnx.clone(model), nnx.Param))
+        before = models.as_pure(nnx.state(nnx.clone(model), nnx.Param))
         nnx_step(model, optimizer)
-        after = nnx.as_pure(nnx.state(model, nnx.Param))
+        after = models.as_pure(nnx.state(model, nnx.Param))
 
         def one(layout, a, b):
             factor = 3.0 if layout == "auxiliary" else 2.0
