@@ -16,10 +16,12 @@ def gathered(x: jax.Array) -> jax.Array:
     if sharding.mesh.empty or all(axis is None for axis in sharding.spec):
         return x
     whole = jax.NamedSharding(sharding.mesh, jax.P(*[None] * x.ndim))
-    return jax.reshard(x, whole)
+    return jax.sharding.reshard(x, whole)
 
 
 def on_whole_matrices(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """`fn(x)`, with a leaf sharded on an explicit mesh gathered before and put back."""
     whole = gathered(x)
-    return fn(x) if whole is x else jax.reshard(fn(whole), jax.typeof(x).sharding)
+    return (
+        fn(x) if whole is x else jax.sharding.reshard(fn(whole), jax.typeof(x).sharding)
+    )
