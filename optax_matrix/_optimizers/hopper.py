@@ -42,9 +42,9 @@ def hopper(
     What was published of Hopper is "variance and ``ns_steps=1``"; the betas, the scale
     and the order were not, so this is an interpretation with both orders. ``"post"``
     with 5 steps is `adamuon` without its sign; ``"pre"`` with 0 steps and ``rms=None``
-    is `optax.adam`. One Newton-Schulz step is much shorter than five (about 8 times
-    for a Gaussian matrix), which matching the RMS evens out: without it a comparison
-    over ``ns_steps`` compares step sizes.
+    is `optax.adam`. One Newton-Schulz step returns a norm near 3.4 whatever the size
+    of the matrix, five one that grows with the root of its smaller side; matching the
+    RMS evens that out: without it a comparison over ``ns_steps`` compares step sizes.
 
     Args:
       learning_rate: :math:`\eta`; with ``rms=0.2`` those of AdamW fit.

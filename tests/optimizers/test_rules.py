@@ -148,3 +148,15 @@ def test_adams_statistics_are_float32_for_bfloat16_parameters():
     nu = optax.tree.get(state.inner_states["matrix"], "nu")["kernel"]
     assert nu.dtype == jnp.float32
     np.testing.assert_allclose(nu, 1 - 0.999**1000, rtol=1e-3)
+
+
+@pytest.mark.parametrize("side", [64, 256])
+def test_one_step_is_short_and_five_grow_with_the_side(side):
+    # What `hopper` says of the sizes of its updates.
+    x = problems.normal((side, side))
+    norms = []
+    for steps in (1, 5):
+        tx = om.orthogonalize_newton_schulz(steps)
+        norms.append(float(jnp.linalg.norm(tx.update(x, tx.init(x))[0])))
+    assert 3.1 < norms[0] < 3.45
+    assert 0.8 * side**0.5 < norms[1] < side**0.5
