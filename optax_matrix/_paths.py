@@ -71,7 +71,7 @@ def _boxed(node: Any) -> list[Any]:
         node, is_leaf=lambda child: child is not node
     )
     keys = [path for path, _ in children]
-    return [children[0][1]] if keys == [(GetAttrKey("value"),)] else []
+    return [children[0][1]] if keys == [(_BOX,)] else []
 
 
 def unboxed(tree: Any) -> Any:

@@ -41,8 +41,8 @@ def exact_polar(
 
     Args:
       x: Matrices, (..., m, n), real floating.
-      method: ``"svd"``, or ``"eigh"`` of the smaller Gram matrix, about three times
-        cheaper and good for condition numbers up to eps^{-1/2}.
+      method: ``"svd"``, or ``"eigh"`` of the smaller Gram matrix, good for condition
+        numbers up to eps^{-1/2}.
       dtype: Type of the decomposition, float32 or float64; None is float64 for float64
         and else float32.
       precision: Of the matmuls around it.

@@ -147,8 +147,8 @@ def newton_schulz(
 
       Zhang et al., 2026, `Gram Newton-Schulz
       <https://github.com/Dao-AILab/gram-newton-schulz>`_. Differs: restarts follow from
-      the coefficients; theirs, after iteration 2, is unstable here for Polar Express
-      with safety 1.01 in bfloat16 and, over all 8 steps, in float16.
+      the coefficients and the number of steps. Theirs, one after step 2, is made for
+      five steps; over all 8 of Polar Express it diverges in bfloat16 (tested).
 
       Boissin et al., 2025, `Turbo-Muon <https://arxiv.org/abs/2512.04632>`_: the AOL
       rescaling.

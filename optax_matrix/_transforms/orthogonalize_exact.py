@@ -22,10 +22,10 @@ def orthogonalize_exact(
     .. math:: X \leftarrow U V^\top,
 
     over the singular values that are not zero to rounding; the others stay zero. For
-    reference and small models: on accelerators it is far slower than the iterations.
+    reference and small models: it is a decomposition, where the iterations are matmuls.
 
     Args:
-      method: ``"svd"``, or ``"eigh"`` of the Gram matrix, cheaper and good down to
+      method: ``"svd"``, or ``"eigh"`` of the Gram matrix, good down to
         singular values of the root of the rounding unit, relative to the largest.
       dtype: In which to compute; None is float32, float64 for float64 updates.
       layout: Which axes of a leaf are the matrix, see `MatrixLayout`. None: the last

@@ -104,6 +104,30 @@ def test_gram_is_stable_in_bfloat16(name, kind):
     assert error[1] < 1.5 * error[0] + 0.1
 
 
+def test_one_restart_is_too_few_for_eight_steps_in_bfloat16():
+    x = matrix(48, 160, "1e3").astype(np.float32)
+    rows = resolve("polar_express")
+    y = jnp.asarray(x / np.linalg.norm(x), jnp.bfloat16)
+    y = gram_factor(y @ y.T, rows[:2]) @ y
+    y = gram_factor(y @ y.T, rows[2:]) @ y
+    assert not np.abs(np.asarray(y, np.float32)).max() < 1e3
+    kept = run(NewtonSchulz(8, "polar_express", method="gram", dtype="bfloat16"), x)
+    assert np.linalg.norm(kept, 2) < 1.1
+
+
+def test_cans_needs_safety_in_bfloat16():
+    x = matrix(48, 160, "1e3").astype(np.float32)
+
+    def norm(safety):
+        cans = NewtonSchulz(
+            coefficients="cans", method="plain", dtype="bfloat16", safety=safety
+        )
+        return np.linalg.norm(run(cans, x), 2)
+
+    assert not norm(None) < 1e3
+    assert norm(1.01) < 1.2
+
+
 def test_without_restarts_the_gram_form_loses_float32():
     # The reason for them: one block over a small singular value.
     x = matrix(8, 24, "1e3").astype(np.float32)
