@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_matrix import _paths, _placement
+from optax_matrix import _mesh, _paths
 
 MuonDimensionNumbers = optax.contrib.MuonDimensionNumbers
 
@@ -282,7 +282,7 @@ class MatrixView:
                 axes += side
             else:
                 # Explicit mode cannot cut a sharded axis into blocks.
-                x = _block_reduce(reduce, _placement.gathered(x), side[0], widths)
+                x = _block_reduce(reduce, _mesh.gathered(x), side[0], widths)
         return reduce(x, axis=axes, keepdims=True) if axes else x
 
     def expand(self, r: Any) -> Any:
@@ -443,6 +443,40 @@ def _is_entry(node: Any) -> bool:
     return isinstance(node, MuonDimensionNumbers | optax.MaskedNode)
 
 
+def tree_views(layout: Layout, tree: Any) -> list[tuple[MatrixView, Any]]:
+    """Fits `layout` to every leaf of `tree`, in the order of `jax.tree.leaves`.
+
+    Args:
+      layout: A layout for all leaves, a tree (prefix) of layouts matched to `tree` by
+        name, or a function from `tree` to one of these.
+      tree: The tree. Only shapes are read: leaves may be arrays, tracers or
+        `jax.ShapeDtypeStruct`.
+
+    Returns:
+      The view of each leaf, and the leaf.
+
+    Raises:
+      TypeError: If an entry of `layout` is no layout.
+      ValueError: If `layout` does not match `tree`, or a layout not its leaf's shape.
+    """
+    if _paths.is_function(layout):
+        layout = layout(tree)
+    views = []
+    for place, entry, _ in _paths.match(layout, tree, "layout", _is_entry):
+        if isinstance(entry, optax.MaskedNode):
+            raise ValueError(
+                f"`layout` is masked at '{place.name}', where the tree has a leaf of "
+                f"shape {tuple(jnp.shape(place.leaf))}. Give that leaf a layout, or "
+                "mask it in the tree."
+            )
+        try:
+            fitted = view(jnp.shape(place.leaf), entry, place.name)
+        except TypeError as error:
+            raise TypeError(f"{error} It is `layout` at '{place.name}'.") from None
+        views.append((fitted, place.leaf))
+    return views
+
+
 def tree_map(
     fn: Callable[..., Any],
     layout: Layout,
@@ -453,13 +487,11 @@ def tree_map(
     """Maps `fn(view, leaf, *rest_leaves)` over the leaves of `tree`.
 
     Empty nodes of `tree` (None, `optax.MaskedNode`) stay as they are, whatever `layout`
-    says of them. Only shapes are read: leaves may be arrays, tracers or
-    `jax.ShapeDtypeStruct`.
+    says of them.
 
     Args:
       fn: Takes the leaf's `MatrixView`, the leaf, and what `rest` holds at the leaf.
-      layout: A layout for all leaves, a tree (prefix) of layouts matched to `tree` by
-        name, or a function from `tree` to one of these.
+      layout: See `tree_views`.
       tree: The tree to map over.
       *rest: Trees with the structure of `tree`, boxed or not, or with subtrees at its
         leaves.
@@ -474,24 +506,11 @@ def tree_map(
       TypeError: If an entry of `layout` is no layout.
       ValueError: If `layout` does not match `tree`, or a layout not its leaf's shape.
     """
-    if _paths.is_function(layout):
-        layout = layout(tree)
     bare = jax.tree.structure(_paths.unboxed(tree))
     others = [bare.flatten_up_to(_paths.unboxed(other)) for other in rest]
-    results = []
-    for i, (place, entry, _) in enumerate(
-        _paths.match(layout, tree, "layout", _is_entry)
-    ):
-        if isinstance(entry, optax.MaskedNode):
-            raise ValueError(
-                f"`layout` is masked at '{place.name}', where the tree has a leaf of "
-                f"shape {tuple(jnp.shape(place.leaf))}. Give that leaf a layout, or "
-                "mask it in the tree."
-            )
-        try:
-            fitted = view(jnp.shape(place.leaf), entry, place.name)
-        except TypeError as error:
-            raise TypeError(f"{error} It is `layout` at '{place.name}'.") from None
-        results.append(fn(fitted, place.leaf, *(other[i] for other in others)))
+    results = [
+        fn(fitted, leaf, *(other[i] for other in others))
+        for i, (fitted, leaf) in enumerate(tree_views(layout, tree))
+    ]
     structure = jax.tree.structure(tree) if keep_boxes else bare
     return jax.tree.unflatten(structure, results)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_matrix import _layout, _placement
+from optax_matrix import _layout, _mesh
 from optax_matrix._transforms import _numerics
 
 __all__ = [
@@ -238,7 +238,7 @@ def _per_matrix(
 
     def on_leaf(view: _layout.MatrixView, *leaves: jax.Array) -> jax.Array:
         stacks = [
-            view.to_stacks(_placement.gathered(_numerics.wide(leaf))) for leaf in leaves
+            view.to_stacks(_mesh.gathered(_numerics.wide(leaf))) for leaf in leaves
         ]
         return _join([fn(*stack) for stack in zip(*stacks, strict=True)])
 

@@ -66,7 +66,7 @@ def exact_polar(
         return x
     tall = numerics.is_tall(x)
     y = numerics.transpose(x) if tall else x
-    y = numerics.unit_frobenius(y, numerics.compute_dtype(x, dtype))
+    y = numerics.unit_peak(y).astype(numerics.compute_dtype(x, dtype))
     # What a decomposition does with NaN depends on the backend; it never sees one.
     finite = jnp.all(jnp.isfinite(y), axis=(-2, -1), keepdims=True)
     y = _polar(jnp.where(finite, y, 0.0), method, precision)

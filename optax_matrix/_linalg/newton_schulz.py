@@ -9,31 +9,41 @@ from jax import Array
 
 from optax_matrix._linalg import numerics
 from optax_matrix._linalg.coefficients import Normalization, Row
-from optax_matrix._linalg.numerics import Precision
+from optax_matrix._linalg.numerics import WHOLE, Parts, Precision
 
 Method = Literal["auto", "plain", "gram"]
 
 METHODS: tuple[Method, ...] = ("auto", "plain", "gram")
 
-# Largest norm of Q in one block. From 15 on, Polar Express in bfloat16 overshoots the
-# interval its next row was made for, and diverges; Jordan's rows need 11.9 for two.
-BLOCK_GAIN = 12.5
+
+def block_gain(rounding: float) -> float:
+    """Returns the largest norm of Q that one block may reach.
+
+    min(2.5 ε^{-1/3}, 500): 12.6 for bfloat16, 25 for float16 and TF32, 500 for float32
+    and float64. In bfloat16 Polar Express diverges from 15 on, and Jordan's rows need
+    11.9 for two steps. In float32 a gain of 500 costs up to 2e-4 (jordan) and 1e-3
+    (polar_express) of accuracy in directions that started near zero.
+
+    Args:
+      rounding: ε of a matmul, see `numerics.rounding`.
+    """
+    return min(2.5 * rounding ** (-1 / 3), 500.0)
 
 
-def restart_points(rows: Sequence[Row], gain: float = BLOCK_GAIN) -> tuple[int, ...]:
+def restart_points(rows: Sequence[Row], gain: float) -> tuple[int, ...]:
     """Returns the steps before which Gram Newton-Schulz forms ``X Xᵀ`` afresh.
 
     Within a block Q grows to norm ∏ aᵢ on small singular values while it stays near 1
     on large ones, so its rounding error relative to the large ones is ε ∏ aᵢ; and an
     error ε of R near a zero eigenvalue grows to ε ∏ aᵢ². The plain iteration keeps both
-    near ε. A step that would take ∏ aᵢ beyond `gain` starts a new block, in every dtype
-    alike: matmuls of float32 may round to bfloat16 at JAX's default precision.
+    near ε. A step that would take ∏ aᵢ beyond `gain` starts a new block.
 
     Args:
       rows: Coefficients ``(a, b, c)`` of the run.
-      gain: Largest ∏ aᵢ within a block of more than one step. The default splits the
-        tables as 2+2+1 (jordan), 1+1+2+1 (quintic), 1+1+1+2+3 (polar_express), 1+1+1+2
-        (cans), 2+2 (aol), 2+2+1 (cubic5), 3+3+3+3 (track3) and 6+6+6+2 (cubic).
+      gain: Largest ∏ aᵢ within a block of more than one step, see `block_gain`.
+        bfloat16's splits the tables as 2+2+1 (jordan), 1+1+2+1 (quintic), 1+1+1+2+3
+        (polar_express), 1+1+1+2 (cans), 2+2 (aol), 2+2+1 (cubic5), 3+3+3+3 (track3) and
+        6+6+6+2 (cubic); float32's leaves jordan and quintic in one block.
 
     Returns:
       Increasing step indices, each in [1, len(rows)); empty when one block will do.
@@ -47,8 +57,10 @@ def restart_points(rows: Sequence[Row], gain: float = BLOCK_GAIN) -> tuple[int, 
     return tuple(points)
 
 
-def newton_schulz_flops(m: int, n: int, steps: int, restarts: int | None = None) -> int:
-    """Returns the matmul FLOPs of one m×n matrix, m ≤ n, all quintic.
+def newton_schulz_flops(
+    m: int, n: int, steps: int, restarts: int | None = None, parts: int = 1
+) -> int:
+    """Returns the matmul FLOPs of one m×n matrix, or of a part of it, all quintic.
 
     With ``rect = 2m²n`` and ``small = 2m³``: the plain iteration costs
     ``steps (2 rect + small)``. In Gram form each of ``k = restarts + 1`` blocks costs
@@ -57,36 +69,38 @@ def newton_schulz_flops(m: int, n: int, steps: int, restarts: int | None = None)
     A row with c = 0 saves one small product in either form.
 
     Args:
-      m: Smaller side.
-      n: Larger side.
+      m: One side.
+      n: The other.
       steps: Number of steps.
       restarts: Number of restarts of the Gram form; None for the plain iteration.
+      parts: In how many the longer side is cut; each repeats the small products.
 
     Returns:
       FLOPs, counting a multiply-add as two.
     """
-    rect, small = 2 * m * m * n, 2 * m**3
+    m, n = min(m, n), max(m, n)
+    rect, small = 2 * m * m * -(-n // parts), 2 * m**3
     if restarts is None:
         return steps * (2 * rect + small)
     blocks = restarts + 1
     return 2 * blocks * rect + (steps + 3 * (steps - blocks)) * small
 
 
-def gram_is_cheaper(m: int, n: int, steps: int, restarts: int) -> bool:
+def gram_is_cheaper(m: int, n: int, steps: int, restarts: int, parts: int = 1) -> bool:
     """Whether Gram Newton-Schulz takes fewer FLOPs than the plain iteration.
 
-    By `newton_schulz_flops`; it comes down to ``2n > 3m`` for the smaller side m,
-    unless every step is a block of its own and the two cost the same.
+    By `newton_schulz_flops`; it comes down to ``2n > 3m`` for the smaller side m of a
+    whole matrix, unless every step is a block of its own and the two cost the same.
 
     Args:
       m: One side.
       n: The other.
       steps: Number of steps.
       restarts: Number of restarts of the Gram form.
+      parts: In how many the longer side is cut.
     """
-    m, n = min(m, n), max(m, n)
-    gram = newton_schulz_flops(m, n, steps, restarts)
-    return gram < newton_schulz_flops(m, n, steps)
+    gram = newton_schulz_flops(m, n, steps, restarts, parts)
+    return gram < newton_schulz_flops(m, n, steps, parts=parts)
 
 
 def newton_schulz(
@@ -97,6 +111,7 @@ def newton_schulz(
     method: Method = "auto",
     dtype: np.dtype | None = None,
     precision: Precision = None,
+    parts: Parts | None = None,
 ) -> Array:
     r"""Moves every singular value towards 1 by odd quintics, by matmuls alone.
 
@@ -126,6 +141,8 @@ def newton_schulz(
       precision: Of the matmuls. None is JAX's default, which for float32 means TF32 on
         recent NVIDIA GPUs and bfloat16 passes on TPU; enough for an optimizer, not to
         see the two methods agree to float32 rounding.
+      parts: None for whole matrices. Otherwise `x` is one part of each matrix, cut
+        across the last axis, which is the longer side of the whole.
 
     Returns:
       (..., m, n) in the dtype of `x`. A zero matrix gives zero; one with a NaN or Inf
@@ -156,55 +173,82 @@ def newton_schulz(
     numerics.check_matrix(x)
     if x.size == 0:
         return x
-    tall = numerics.is_tall(x)
-    y = numerics.transpose(x) if tall else x
-    y = numerics.unit_frobenius(y, numerics.compute_dtype(x, dtype))
-    y, gram = _rescale(y, normalization, precision)
+    tall = parts is None and numerics.is_tall(x)
+    parts = parts or WHOLE
+    y = numerics.unit_peak(numerics.transpose(x) if tall else x, parts)
+    dtype = numerics.compute_dtype(x, dtype)
+    half = jnp.finfo(dtype).bits < 32
+    if half:
+        # Unscaled, the Gram matrix could overflow float16.
+        y = (y / numerics.frobenius(y, parts)).astype(dtype)
+    gram = numerics.gram(y, precision, parts)
+    scale = _scale(gram, normalization)
+    gram = (scale * gram * numerics.transpose(scale)).astype(dtype)
+    if half:
+        y = (scale * y).astype(dtype)
 
-    restarts = restart_points(rows)
-    if method == "auto":
-        m, n = y.shape[-2:]
-        cheaper = gram_is_cheaper(m, n, len(rows), len(restarts))
-        method = "gram" if cheaper else "plain"
-    if method == "plain":
+    m, n = y.shape[-2], y.shape[-1] * parts.count
+    restarts = gram_restarts(m, n, rows, method, dtype, precision, parts.count)
+    if restarts is None:
         restarts = tuple(range(1, len(rows)))
 
     starts, stops = (0, *restarts), (*restarts, len(rows))
     for start, stop in zip(starts, stops, strict=True):
-        if gram is None:
-            gram = jnp.matmul(y, numerics.transpose(y), precision=precision)
-        y = _block(y, gram, rows[start:stop], precision)
-        gram = None
+        if start:
+            gram = numerics.gram(y, precision, parts)
+        block = rows[start:stop]
+        if half and len(block) == 1:
+            # Adding a to the diagonal of a half-precision Z would round it once more.
+            z = _quadratic(gram, block[0], precision)
+            y = block[0][0] * y + jnp.matmul(z, y, precision=precision)
+            continue
+        q = gram_factor(gram, block, precision)
+        if not start and not half:
+            # On the small factor rather than on y: a pass less over y.
+            q = q * numerics.transpose(scale)
+        y = jnp.matmul(q, y, precision=precision)
     return (numerics.transpose(y) if tall else y).astype(x.dtype)
 
 
-def _rescale(
-    y: Array, normalization: Normalization, precision: Precision
-) -> tuple[Array, Array | None]:
-    """Applies a normalization other than Frobenius; returns the Gram matrix with it."""
+def gram_restarts(
+    m: int,
+    n: int,
+    rows: Sequence[Row],
+    method: Method,
+    dtype: np.dtype,
+    precision: Precision,
+    parts: int = 1,
+) -> tuple[int, ...] | None:
+    """Returns where the Gram form of a run restarts; None if the run is plain.
+
+    Args:
+      m: One side.
+      n: The other.
+      rows: Coefficients.
+      method: As asked for; ``"auto"`` is decided here.
+      dtype: Of the products.
+      precision: Of the matmuls.
+      parts: In how many the longer side is cut.
+    """
+    if method == "plain":
+        return None
+    gain = block_gain(numerics.rounding(dtype, precision))
+    restarts = restart_points(rows, gain)
+    steps = len(rows)
+    cheaper = gram_is_cheaper(m, n, steps, len(restarts), parts)
+    return restarts if method == "gram" or cheaper else None
+
+
+def _scale(gram: Array, normalization: Normalization) -> Array:
+    """What to multiply X by, (..., 1, 1) or (..., m, 1), given XXᵀ; 0 for zeros."""
+    gram = gram.astype(numerics.at_least_float32(gram.dtype))
     if normalization == "frobenius":
-        return y, None
-    gram = jnp.matmul(y, numerics.transpose(y), precision=precision)
-    wide = gram.astype(numerics.at_least_float32(gram.dtype))
-    if normalization == "schatten4":
-        scale = 1.0 / jnp.sqrt(numerics.frobenius(wide))
+        square = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+    elif normalization == "schatten4":
+        square = numerics.frobenius(gram)
     else:
-        total = jnp.sum(jnp.abs(wide), axis=-1, keepdims=True)
-        zero = total == 0
-        scale = jnp.where(zero, 0.0, 1.0 / jnp.sqrt(jnp.where(zero, 1.0, total)))
-    y = (scale * y.astype(wide.dtype)).astype(y.dtype)
-    gram = (scale * wide * numerics.transpose(scale)).astype(gram.dtype)
-    return y, gram
-
-
-def _block(y: Array, gram: Array, rows: Sequence[Row], precision: Precision) -> Array:
-    """Runs `rows` on y, given its Gram matrix, and multiplies y once."""
-    if len(rows) == 1:
-        # No Q: adding a to the diagonal of a half-precision Z would round it once more.
-        a = rows[0][0]
-        z = _quadratic(gram, rows[0], precision)
-        return a * y + jnp.matmul(z, y, precision=precision)
-    return jnp.matmul(gram_factor(gram, rows, precision), y, precision=precision)
+        square = jnp.sum(jnp.abs(gram), axis=-1, keepdims=True)
+    return numerics.inverse_root(square)
 
 
 def gram_factor(gram: Array, rows: Sequence[Row], precision: Precision = None) -> Array:
@@ -219,20 +263,22 @@ def gram_factor(gram: Array, rows: Sequence[Row], precision: Precision = None) -
       (..., m, m) in the dtype of `gram`. One call is one block: beyond the first of
       `restart_points`, rounding errors of R dominate.
     """
-    q, r = None, gram
-    for step, row in enumerate(rows):
-        a = row[0]
-        z = _quadratic(r, row, precision)
-        if q is None:
-            eye = jnp.broadcast_to(jnp.eye(z.shape[-1], dtype=z.dtype), z.shape)
-            q = a * eye + z
-        else:
-            q = a * q + jnp.matmul(q, z, precision=precision)
-        if step + 1 < len(rows):
-            rz = a * r + jnp.matmul(r, z, precision=precision)
-            r = a * rz + jnp.matmul(z, rz, precision=precision)
-    if q is None:
+    if not rows:
         raise ValueError("`rows` must have at least one row, got none.")
+
+    def product(x: Array, y: Array) -> Array:
+        return jnp.matmul(x, y, precision=precision)
+
+    def factor(r: Array, row: Row) -> Array:
+        # With a on the diagonal rather than a Y added after ZY: a pass less over Y.
+        return row[0] * numerics.eye_like(r) + _quadratic(r, row, precision)
+
+    q = p = factor(gram, rows[0])
+    r = gram
+    for row in rows[1:]:
+        r = product(p, product(r, p))
+        p = factor(r, row)
+        q = product(q, p)
     return q
 
 

@@ -1,5 +1,7 @@
 """What every polar method does first: types, orientation and a safe scale."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,6 +15,24 @@ from optax_matrix import _check
 Precision = None | jax.lax.Precision | jax.lax.DotAlgorithmPreset
 
 _MATRIX = (-2, -1)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How matrices that are cut across their last axis are reduced over all parts.
+
+    Attributes:
+      count: Number of parts of a matrix.
+      sum: Adds up what the parts found, such as a Gram matrix.
+      max: Takes the largest of what the parts found.
+    """
+
+    count: int
+    sum: Callable[[Array], Array]
+    max: Callable[[Array], Array]
+
+
+WHOLE = Parts(1, lambda x: x, lambda x: x)
 
 
 def as_dtype(value: DTypeLike | None, allowed: tuple[str, ...]) -> np.dtype | None:
@@ -57,6 +77,29 @@ def as_precision(value: Any) -> Precision:
         ) from None
 
 
+def rounding(dtype: DTypeLike, precision: Precision) -> float:
+    """Returns the relative rounding of one matmul's operands on this backend.
+
+    Only the CPU multiplies float32 as float32 at default precision: GPUs take TF32 and
+    TPUs bfloat16. What cannot be told is taken for the coarser.
+    """
+    own = float(jnp.finfo(dtype).eps)
+    # The configured default has more names than `jax.lax.Precision`.
+    default = getattr(jax.config, "jax_default_matmul_precision", None) or "default"
+    name = str(default if precision is None else precision.name).lower()
+    algorithm = name.endswith(("f16", "f32", "f64")) or "_f32_x" in name
+    backend = jax.default_backend()
+    if "highest" in name or name.startswith(("float32", "f32_", "f64_")):
+        return own
+    if backend == "cpu" and not algorithm:
+        return own
+    if "tf32" in name or name in ("high", "tensorfloat32", "bfloat16_3x"):
+        return max(own, float(jnp.finfo(jnp.float16).eps))
+    if name == "default" and backend == "gpu":
+        return max(own, float(jnp.finfo(jnp.float16).eps))
+    return max(own, float(jnp.finfo(jnp.bfloat16).eps))
+
+
 def check_matrix(x: Array) -> None:
     """Raises unless `x` is a real floating (..., m, n).
 
@@ -97,37 +140,54 @@ def transpose(x: Array) -> Array:
     return jnp.swapaxes(x, -2, -1)
 
 
-def frobenius(x: Array) -> Array:
+def gram(x: Array, precision: Precision, parts: Parts = WHOLE) -> Array:
+    """Returns XXᵀ of each matrix, over all its parts."""
+    return parts.sum(jnp.matmul(x, transpose(x), precision=precision))
+
+
+def eye_like(x: Array) -> Array:
+    """Returns the identity in the shape and type of square matrices."""
+    return jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
+
+
+def frobenius(x: Array, parts: Parts = WHOLE) -> Array:
     """Returns each matrix's Frobenius norm, (..., 1, 1), 1 where it is zero.
 
     Twice guarded, so that the gradient at a zero matrix is 0 and not NaN.
     """
-    square = jnp.sum(jnp.square(x), axis=_MATRIX, keepdims=True)
+    square = parts.sum(jnp.sum(jnp.square(x), axis=_MATRIX, keepdims=True))
     zero = square == 0
     return jnp.where(zero, 1.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
 
 
-def unit_frobenius(x: Array, dtype: np.dtype) -> Array:
-    """Scales each matrix to Frobenius norm 1, whatever its magnitude.
+def unit_peak(x: Array, parts: Parts = WHOLE) -> Array:
+    """Scales each matrix to a largest entry of about 1, so that squares are safe.
 
-    Dividing by the largest entry first keeps the squares from under- and overflowing:
-    in float32 the result is the same for inputs from 1e-30 to 1e30.
+    In float32 all that follows is the same for inputs from 1e-30 to 1e30.
 
     Args:
       x: (..., m, n).
-      dtype: Type of the result. The norm is computed in float32 at least, since a half
-        type would lose the scale of `x` if it were cast first.
+      parts: How to reduce over the parts of a matrix.
 
     Returns:
-      (..., m, n) of `dtype`. A matrix whose largest entry is zero, or below the
-      smallest normal number (which accelerators and XLA on CPU flush to zero), comes
-      out zero; one with a NaN or Inf comes out all NaN.
+      (..., m, n) in float32, or float64 for float64. A matrix whose largest entry is
+      zero, or below the smallest normal number (which accelerators and XLA on CPU flush
+      to zero), comes out zero; one with a NaN or Inf comes out all NaN.
     """
     x = x.astype(at_least_float32(x.dtype))
     # Nothing depends on this scale, as the next one cancels it: no gradient through it.
-    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=_MATRIX, keepdims=True))
+    peak = jnp.max(jnp.abs(x), axis=_MATRIX, keepdims=True)
+    peak = jax.lax.stop_gradient(parts.max(peak))
     zero = peak < jnp.finfo(x.dtype).tiny
     # In two halves: XLA may multiply by a reciprocal, and that of 1e38 is flushed to 0.
     root = jnp.sqrt(jnp.where(zero, 1.0, peak))
-    x = jnp.where(zero, 0.0, x) / root / root
-    return (x / frobenius(x)).astype(dtype)
+    return jnp.where(zero, 0.0, x) / root / root
+
+
+def inverse_root(square: Array) -> Array:
+    """Returns 1/√square, and 0 where it is 0.
+
+    Twice guarded, so that the gradient at a zero matrix is 0 and not NaN.
+    """
+    zero = square == 0
+    return jnp.where(zero, 0.0, 1.0 / jnp.sqrt(jnp.where(zero, 1.0, square)))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -17,9 +18,15 @@ from optax_matrix._linalg.coefficients import (
     resolve,
 )
 from optax_matrix._linalg.exact import DECOMPOSITIONS, Decomposition, exact_polar
-from optax_matrix._linalg.halley import halley
-from optax_matrix._linalg.newton_schulz import METHODS, Method, newton_schulz
-from optax_matrix._linalg.numerics import Precision
+from optax_matrix._linalg.halley import halley, halley_flops
+from optax_matrix._linalg.newton_schulz import (
+    METHODS,
+    Method,
+    gram_restarts,
+    newton_schulz,
+    newton_schulz_flops,
+)
+from optax_matrix._linalg.numerics import Parts, Precision
 
 _FACTORIZABLE = ("float32", "float64")
 _MULTIPLIABLE = ("bfloat16", "float16", *_FACTORIZABLE)
@@ -34,6 +41,19 @@ class PolarMethod(Protocol):
 
     def polar(self, x: Array) -> Array:
         """Returns the (approximate) polar factor of each matrix of (..., m, n)."""
+        ...
+
+
+@runtime_checkable
+class PartwiseMethod(PolarMethod, Protocol):
+    """A method that says what it costs, and works on parts of long matrices."""
+
+    def polar(self, x: Array, parts: Parts | None = None) -> Array:
+        """Returns the polar factor of each matrix, or the same part of it as `x` is."""
+        ...
+
+    def flops(self, m: int, n: int, parts: int = 1) -> int:
+        """Returns the FLOPs of one m×n matrix, or of one of its parts."""
         ...
 
 
@@ -94,7 +114,7 @@ class NewtonSchulz:
         """The coefficients of the run, one row a step."""
         return resolve(self.coefficients, self.steps, self.safety)
 
-    def polar(self, x: Array) -> Array:
+    def polar(self, x: Array, parts: Parts | None = None) -> Array:
         """Orthogonalizes each matrix of (..., m, n); see `newton_schulz`."""
         normalization = self.normalization
         if normalization is None and isinstance(self.coefficients, str):
@@ -106,7 +126,23 @@ class NewtonSchulz:
             method=self.method,
             dtype=numerics.as_dtype(self.dtype, _MULTIPLIABLE),
             precision=numerics.as_precision(self.precision),
+            parts=parts,
         )
+
+    def flops(self, m: int, n: int, parts: int = 1) -> int:
+        """FLOPs of one m×n matrix or of a part of it; see `newton_schulz_flops`."""
+        rows = self.rows
+        restarts = gram_restarts(
+            m,
+            n,
+            rows,
+            self.method,
+            numerics.as_dtype(self.dtype, _MULTIPLIABLE) or jnp.dtype("float32"),
+            numerics.as_precision(self.precision),
+            parts,
+        )
+        count = None if restarts is None else len(restarts)
+        return newton_schulz_flops(m, n, len(rows), count, parts)
 
 
 @dataclass(frozen=True)
@@ -154,7 +190,7 @@ class Halley:
         _check.static_int("steps", self.steps, 1)
         _store_types(self, self.dtype, self.precision, _FACTORIZABLE)
 
-    def polar(self, x: Array) -> Array:
+    def polar(self, x: Array, parts: Parts | None = None) -> Array:
         """Orthogonalizes each matrix of (..., m, n); see `halley`."""
         return halley(
             x,
@@ -162,7 +198,12 @@ class Halley:
             steps=self.steps,
             dtype=numerics.as_dtype(self.dtype, _FACTORIZABLE),
             precision=numerics.as_precision(self.precision),
+            parts=parts,
         )
+
+    def flops(self, m: int, n: int, parts: int = 1) -> int:
+        """FLOPs of one m×n matrix or of a part of it; see `halley_flops`."""
+        return halley_flops(m, n, self.steps, parts)
 
 
 @dataclass(frozen=True)

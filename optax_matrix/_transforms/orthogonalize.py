@@ -4,13 +4,13 @@ import jax
 import optax
 
 from optax_matrix import _layout, _linalg, _placement
-from optax_matrix._transforms import _stateless
 
 
 def orthogonalize(
     method: str | _linalg.PolarMethod = "newton_schulz",
     *,
     layout: _layout.Layout = None,
+    placement: _placement.Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces each matrix of the update by its polar factor, computed by `method`.
 
@@ -23,6 +23,8 @@ def orthogonalize(
         `NewtonSchulz`, `Halley`, `Exact` with settings of its own.
       layout: Which axes of a leaf are the matrix, see `MatrixLayout`. None: the last
         two are (inputs, outputs). Each matrix of a stack is taken by itself.
+      placement: Where leaves lie on a mesh with auto axes, and the size of stacks, see
+        `Placement`. None: what explicit axes say, and the rule for stacks.
 
     Returns:
       A transformation without state. Updates keep their shape and dtype; a zero matrix
@@ -30,14 +32,26 @@ def orthogonalize(
 
     Raises:
       ValueError: At construction, for an unknown method; at ``init``, if a leaf does
-        not fit ``layout``, with its path.
+        not fit ``layout``, or its sharding does not divide it, with its path.
+
+    Sharding:
+      Any. Matrices are brought together whole, each on one device, in one exchange for
+      all of a shape, and go back in another; see docs/sharding.md.
     """
-    polar = _linalg.as_method(method).polar
+    polar = _linalg.as_method(method)
+    place = placement or _placement.Placement()
 
-    def replace(view: _layout.MatrixView, u: jax.Array) -> jax.Array:
-        def on_leaf(whole: jax.Array) -> jax.Array:
-            return view.apply(polar, whole)
+    def init(params: optax.Params) -> optax.EmptyState:
+        _layout.tree_views(layout, params)  # A leaf that does not fit raises here.
+        return optax.EmptyState()
 
-        return _placement.on_whole_matrices(on_leaf, u)
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        pairs = _layout.tree_views(layout, updates)
+        views, leaves = [view for view, _ in pairs], [leaf for _, leaf in pairs]
+        done = _placement.polar(
+            polar, views, leaves, place.of(updates), place.stack_size
+        )
+        return jax.tree.unflatten(jax.tree.structure(updates), done), state
 
-    return _stateless.per_matrix(replace, layout)
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,402 @@
+"""Times the optimizer update alone, `tx.update` under jit, against optax.contrib.muon.
+
+    python -m benchmarks.step_time --sets gpt-384 gpt-768 fused-gqa --repeats 15 \
+        --out benchmarks/results/NAME.json
+    python -m benchmarks.step_time --table benchmarks/results/NAME.json
+
+One process; every repeat runs each contender and each matmul probe once, in an order
+rotated by one per repeat, so that a speed-up is a quotient of neighbours in time. The
+state is donated; gradients, parameters and all states stay on the device. The programs
+are compiled afresh, without JAX's caches on disk or in memory (XLA's own autotuning on
+a GPU is remembered by the process: there the first of the raw times is the cold one).
+
+The probes are independent products of the shapes that a Newton-Schulz step has, one for
+each leaf of the set. `mix_flops_per_second` is their rate in the proportions of one
+plain step of every leaf; `matmul_seconds` takes all dots of a contender at that one
+rate, however its own shapes are mixed: the rates by shape beside it say how much that
+can matter. What is no dot counts as `rest`, factorizations and solves (Halley) among
+it: see `custom_calls`.
+"""
+
+import argparse
+import contextlib
+import gc
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optax_matrix as om
+from benchmarks import hlo
+from examples.nanogpt import record
+
+PEER = "optax.contrib.muon"
+ROLLFAST = "rollfast.muon"
+COMPILATIONS = 3
+WARM_UP = 2
+
+Leaves = dict[str, jax.Array]
+Product = tuple[int, int, int]  # (m, k) @ (k, n)
+
+
+class Kernel(NamedTuple):
+    """A leaf (inputs, sum of widths) that holds a matrix for each width."""
+
+    name: str
+    inputs: int
+    widths: tuple[int, ...]
+
+
+class ShapeSet(NamedTuple):
+    """The hidden matrices of a model: the kernels of one layer, and how many layers."""
+
+    kernels: tuple[Kernel, ...]
+    layers: int
+
+    def separate(self) -> dict[str, tuple[int, int]]:
+        """The shape of every matrix as a leaf of its own."""
+        return {
+            f"{layer:02}.{kernel.name}.{part}": (kernel.inputs, width)
+            for layer in range(self.layers)
+            for kernel in self.kernels
+            for part, width in enumerate(kernel.widths)
+        }
+
+    def fuse(self, leaves: Leaves) -> Leaves:
+        """The same matrices, those of a kernel side by side in one leaf."""
+        fused: dict[str, list[jax.Array]] = {}
+        for name, leaf in leaves.items():
+            fused.setdefault(name.rpartition(".")[0], []).append(leaf)
+        return {name: jnp.concatenate(parts, 1) for name, parts in fused.items()}
+
+    def layout(self, path: str, leaf: Any) -> om.MatrixLayout | bool:
+        """The routing of the fused leaves."""
+        widths = {kernel.name: kernel.widths for kernel in self.kernels}
+        parts = widths[path.partition(".")[2]]
+        return om.MatrixLayout(split_outputs=parts) if len(parts) > 1 else True
+
+
+def gpt(width: int, layers: int) -> ShapeSet:
+    square = [Kernel(name, width, (width,)) for name in "qkvo"]
+    up, down = Kernel("up", width, (4 * width,)), Kernel("down", 4 * width, (width,))
+    return ShapeSet((*square, up, down), layers)
+
+
+def fused_gqa(width: int, hidden: int, layers: int) -> ShapeSet:
+    kernels = (
+        Kernel("qkv", width, (width, width // 3, width // 3)),
+        Kernel("o", width, (width,)),
+        Kernel("gate_up", width, (hidden, hidden)),
+        Kernel("down", hidden, (width,)),
+    )
+    return ShapeSet(kernels, layers)
+
+
+SETS = {
+    "gpt-384": gpt(384, 6),
+    "gpt-768": gpt(768, 12),
+    "fused-gqa": fused_gqa(768, 2048, 12),
+}
+
+
+class Contender(NamedTuple):
+    tx: optax.GradientTransformation
+    fused: bool = False
+
+
+def contenders(
+    shapes: ShapeSet, dtype: str
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """The contenders by name, the peer first, and why others are left out."""
+    # The peer multiplies in the dtype of the leaves; ours would take float32.
+    products = None if dtype == "float32" else dtype
+
+    def ours(method: om.NewtonSchulz | om.Halley, routing: Any) -> Any:
+        return om.muon(0.02, debias=True, orthogonalize=method, routing=routing)
+
+    def every(path: str, leaf: Any) -> bool:
+        return True
+
+    newton_schulz = om.NewtonSchulz(dtype=products)
+    plain = om.NewtonSchulz(method="plain", dtype=products)
+    found = {
+        PEER: Contender(optax.contrib.muon(0.02)),
+        "ours": Contender(ours(newton_schulz, every)),
+        "ours, plain": Contender(ours(plain, every)),
+        "ours, Halley": Contender(ours(om.Halley(), every)),
+    }
+    left_out = {}
+    if any(len(kernel.widths) > 1 for kernel in shapes.kernels):
+        found["ours, fused"] = Contender(ours(newton_schulz, shapes.layout), True)
+    try:
+        # Its defaults are the peer's settings; its early releases have no Muon.
+        found[ROLLFAST] = Contender(importlib.import_module("rollfast").muon(0.02))
+    except (ImportError, AttributeError) as error:
+        left_out[ROLLFAST] = f"{type(error).__name__}: {error}"
+    found["optax.adamw"] = Contender(optax.adamw(0.02))
+    return found, left_out
+
+
+def random_leaves(
+    shapes: dict[str, tuple[int, int]], seed: int, scale: float, dtype: str
+) -> Leaves:
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return {
+        name: scale * jax.random.normal(key, shape, dtype)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+class Step:
+    """An optimizer's state and its compiled update; a call is one step of training."""
+
+    def __init__(self, contender: Contender, grads: Leaves, params: Leaves):
+        # Through jit every leaf gets a buffer of its own, as donation asks for.
+        self.state = jax.jit(contender.tx.init)(params)
+        self.grads, self.params = grads, params
+        self.raw = {"lowering_seconds": [], "compile_seconds": []}
+        for _ in range(COMPILATIONS):
+            jax.clear_caches()
+            update = jax.jit(contender.tx.update, donate_argnums=1)
+            begin = time.perf_counter()
+            lowered = update.lower(grads, self.state, params)
+            middle = time.perf_counter()
+            self.compiled = lowered.compile()
+            self.raw["lowering_seconds"].append(middle - begin)
+            self.raw["compile_seconds"].append(time.perf_counter() - middle)
+
+    def __call__(self) -> Leaves:
+        """Returns the updates, which are alive together with the new state."""
+        updates, self.state = self.compiled(self.grads, self.state, self.params)
+        jax.block_until_ready((updates, self.state))
+        return updates
+
+    def report(self) -> dict[str, Any]:
+        """What the compiled program says of itself."""
+        text, memory = self.compiled.as_text(), self.compiled.memory_analysis()
+        assert text is not None
+        try:
+            dots = {"dot_flops": hlo.dot_flops(text)}
+        except ValueError as error:
+            dots = {"dot_flops": None, "dot_flops_error": str(error)[:300]}
+        return {
+            "leaves": len(self.grads),
+            **{name: statistics.median(times) for name, times in self.raw.items()},
+            # Loops once, elementwise work included; `dot_flops` is the other way round.
+            "flops": (self.compiled.cost_analysis() or {}).get("flops"),
+            **dots,
+            "custom_calls": hlo.custom_calls(text),
+            "temp_bytes": memory.temp_size_in_bytes if memory else None,
+        }
+
+
+def step_products(shapes: ShapeSet) -> dict[Product, tuple[int, int]]:
+    """The products of a plain Newton-Schulz step: leaves that have it, and all of it.
+
+    A square leaf has the same product three times over: it counts once in the first
+    number, which is how many products the probe has, and thrice in the second.
+    """
+    leaves: dict[Product, int] = {}
+    uses: dict[Product, int] = {}
+    for shape in shapes.separate().values():
+        m, n = sorted(shape)
+        step: list[Product] = [(m, n, m), (m, m, m), (m, m, n)]
+        for product in step:
+            uses[product] = uses.get(product, 0) + 1
+        for product in set(step):
+            leaves[product] = leaves.get(product, 0) + 1
+    return {product: (leaves[product], uses[product]) for product in uses}
+
+
+def probe(product: Product, count: int, seed: int, dtype: str) -> Callable[[], Any]:
+    """A program of `count` independent products, all of whose results are returned."""
+    m, k, n = product
+    names = [str(i) for i in range(count)]
+    left = random_leaves(dict.fromkeys(names, (m, k)), seed, 1.0, dtype)
+    right = random_leaves(dict.fromkeys(names, (k, n)), seed + 1, 1.0, dtype)
+    multiply = jax.jit(lambda a, b: {name: a[name] @ b[name] for name in a})
+    program = multiply.lower(left, right).compile()
+    return lambda: jax.block_until_ready(program(left, right))
+
+
+def interleave(
+    programs: dict[str, Callable[[], Any]], repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of each program in each repeat."""
+    names = list(programs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(-WARM_UP, repeats):
+        gc.collect()
+        turn = repeat % len(names)
+        for name in names[turn:] + names[:turn]:
+            begin = time.perf_counter()
+            result = programs[name]()
+            end = time.perf_counter()
+            del result
+            if repeat >= 0:
+                seconds[name].append(end - begin)
+    return seconds
+
+
+def measure(shapes: ShapeSet, repeats: int, seed: int, dtype: str) -> dict[str, Any]:
+    """Everything about one shape set."""
+    matrices = shapes.separate()
+    grads = random_leaves(matrices, seed, 1.0, dtype)
+    params = random_leaves(matrices, seed + 1, 0.02, dtype)
+    found, left_out = contenders(shapes, dtype)
+    steps = {}
+    for name, contender in found.items():
+        trees = (grads, params)
+        if contender.fused:
+            trees = (shapes.fuse(grads), shapes.fuse(params))
+        steps[name] = Step(contender, *trees)
+    products = step_products(shapes)
+    probes = {
+        f"({m}, {k}) @ ({k}, {n})": probe((m, k, n), leaves, seed, dtype)
+        for (m, k, n), (leaves, _) in products.items()
+    }
+    seconds = interleave({**steps, **probes}, repeats)
+
+    matmul, mix_seconds, mix_flops = {}, 0.0, 0
+    for name, ((m, k, n), (leaves, uses)) in zip(probes, products.items(), strict=True):
+        median, flops = statistics.median(seconds[name]), 2 * m * k * n
+        mix_seconds += uses * median / leaves
+        mix_flops += uses * flops
+        matmul[name] = {
+            "products": leaves,
+            "median_seconds": median,
+            "flops_per_second": leaves * flops / median,
+            "raw_seconds": seconds[name],
+        }
+    rate = mix_flops / mix_seconds
+    rows = {}
+    for name, step in steps.items():
+        ratios = np.divide(seconds[PEER], seconds[name])
+        q1, middle, q3 = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+        median = statistics.median(seconds[name])
+        row = {
+            "fused": found[name].fused,
+            "median_seconds": median,
+            "speedup": {"q1": q1, "median": middle, "q3": q3},
+            **step.report(),
+        }
+        if row["dot_flops"] is not None:
+            row["matmul_seconds"] = row["dot_flops"] / rate
+            row["share_at_matmul_peak"] = row["matmul_seconds"] / median
+            row["rest"] = 1 - row["share_at_matmul_peak"]
+        rows[name] = {**row, "raw": {"seconds": seconds[name], **step.raw}}
+    return {
+        "kernels_of_a_layer": [kernel._asdict() for kernel in shapes.kernels],
+        "layers": shapes.layers,
+        "matrices": len(matrices),
+        "note": "the peer cannot split a leaf: where `fused` is false, every matrix is "
+        "a leaf of its own; where it is true, the leaves are `kernels_of_a_layer`",
+        "left_out": left_out,
+        "mix_flops_per_second": rate,
+        "matmul": matmul,
+        "contenders": rows,
+    }
+
+
+def environment() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    models = re.findall(r"model name\s*: (.+)", text)
+    result = record.environment()
+    for package in ("jaxlib", "rollfast"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            result["versions"][package] = importlib.metadata.version(package)
+    return {
+        **result,
+        "machine": {"platform": platform.platform(), "cpu": models[:1]},
+        "backend": jax.default_backend(),
+        "device_kind": jax.devices()[0].device_kind,
+        "xla_flags": os.environ.get("XLA_FLAGS"),
+    }
+
+
+def run(
+    sets: Sequence[str], repeats: int, seed: int, dtype: str, out: Path
+) -> dict[str, Any]:
+    """Measures the sets and writes the file after each."""
+    result: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.step_time", *sys.argv[1:]]),
+        "environment": environment(),
+        "seeds": {"gradients": seed, "parameters": seed + 1},
+        "dtype": dtype,
+        "repeats": repeats,
+        "warm_up": WARM_UP,
+        "peer": PEER,
+        "sets": {},
+    }
+    for name in sets:
+        # Load of others tells how far to trust the seconds.
+        load = os.getloadavg()
+        measured = measure(SETS[name], repeats, seed, dtype)
+        measured["load_average"] = {"begin": load, "end": os.getloadavg()}
+        result["sets"][name] = measured
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{name} is written to {out}", flush=True)
+    return result
+
+
+def table(path: str | Path) -> str:
+    """The results as Markdown, a table for each set."""
+    head = (
+        "| contender | ms | speed-up (quartiles) | GFLOP in dots | share at matmul rate"
+        " | temporary MiB | lowering s | compile s |\n" + "| --- " * 8 + "|"
+    )
+    lines = []
+    for name, measured in json.loads(Path(path).read_text())["sets"].items():
+        rate = f"matmuls at {measured['mix_flops_per_second'] / 1e9:.0f} GFLOP/s"
+        lines += [f"{name}, {measured['matrices']} matrices, {rate}:\n", head]
+        for contender, row in measured["contenders"].items():
+            speed, share = row["speedup"], row.get("share_at_matmul_peak", math.nan)
+            dots = math.nan if row["dot_flops"] is None else row["dot_flops"]
+            lines.append(
+                f"| {contender} | {row['median_seconds'] * 1e3:.4g} "
+                f"| {speed['median']:.2f} ({speed['q1']:.2f} to {speed['q3']:.2f}) "
+                f"| {dots / 1e9:.4g} | {share:.2f} "
+                f"| {(row['temp_bytes'] or 0) / 2**20:.1f} "
+                f"| {row['lowering_seconds']:.2f} | {row['compile_seconds']:.2f} |"
+            )
+        lines += [f"\n{who}: {why}" for who, why in measured["left_out"].items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="the file of results to write")
+    parser.add_argument("--table", help="prints the tables of a file and ends")
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    args = parser.parse_args()
+    if args.table:
+        print(table(args.table))
+    elif args.out:
+        # Before anything is compiled: JAX decides once whether it uses the cache.
+        jax.config.update("jax_enable_compilation_cache", False)
+        run(args.sets, args.repeats, args.seed, args.dtype, args.out)
+    else:
+        parser.error("one of --out and --table is needed")
+
+
+if __name__ == "__main__":
+    main()

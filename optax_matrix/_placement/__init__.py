@@ -1,0 +1,127 @@
+"""How matrices are spread over a mesh and brought back; the only resharder."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.core
+from jax import Array
+
+from optax_matrix import _check, _linalg, _mesh, _paths
+from optax_matrix._layout import MatrixView
+from optax_matrix._placement import exchange
+from optax_matrix._placement.plan import Leaf, Plan, make_plan
+
+__all__ = ["Leaf", "Placement", "Plan", "make_plan", "polar"]
+
+
+def _sharding(leaf: Any) -> Any:
+    """The sharding of an array or of its description; a sharding, or None, as it is."""
+    return getattr(leaf, "sharding", leaf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the matrices of a tree lie, and how many are worked on at once.
+
+    On a mesh with explicit axes, the default of `jax.make_mesh`, types say where leaves
+    lie, and no `Placement` is needed. On a mesh with auto axes it is invisible while
+    a function is traced: pass the parameters or their shardings here. Without, each
+    device is left what the compiler makes of one product after another.
+
+    Args:
+      sharding: The sharded parameters, or a tree (prefix) of what they have in
+        `sharding`: `jax.sharding.NamedSharding`s on one mesh. Updates must lie alike.
+      stack_size: The most matrices of one shape that a device multiplies at once, or
+        brings together in one exchange. 1 is a loop, which is fastest on CPU; larger
+        stacks take more memory. None for the rule: 1 on CPU, and elsewhere stacks of
+        2²⁶ entries, exchanged 1 GiB a device at a time.
+
+    Raises:
+      TypeError: At construction, if `sharding` has leaves without a named sharding, or
+        `stack_size` is not an int.
+      ValueError: At construction, if `stack_size` is below 1.
+
+    Example:
+      >>> import jax
+      >>> mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))
+      >>> everywhere = jax.NamedSharding(mesh, jax.P())
+      >>> placement = Placement(everywhere)  # one for all leaves
+    """
+
+    sharding: Any = None
+    stack_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Keeps the shardings of parameters, not the parameters."""
+        if self.stack_size is not None:
+            _check.static_int("stack_size", self.stack_size, 1)
+        tree = jax.tree.map(_sharding, _paths.unboxed(self.sharding))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if not isinstance(leaf, jax.sharding.Sharding):
+                raise TypeError(
+                    "`sharding` must hold sharded arrays or shardings, got "
+                    f"{type(leaf).__name__} at '{_paths.path_name(path)}'. Pass the "
+                    "parameters, or jax.tree.map(lambda p: p.sharding, params)."
+                )
+        object.__setattr__(self, "sharding", tree)
+
+    def of(self, tree: Any) -> list[jax.NamedSharding | None]:
+        """The sharding of every leaf of `tree`; None where there is one device."""
+        if self.sharding is None:
+            return [_seen(leaf) for leaf in jax.tree.leaves(tree)]
+        matched = _paths.match(self.sharding, tree, "sharding", lambda _: False)
+        return [
+            entry if isinstance(entry, jax.NamedSharding) else None
+            for _, entry, _ in matched
+        ]
+
+
+def _seen(leaf: Any) -> jax.NamedSharding | None:
+    """What can be seen of where a leaf lies without being told."""
+    sharding = _mesh.explicit(leaf)
+    if sharding is None and not isinstance(leaf, jax.core.Tracer):
+        sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, jax.NamedSharding) else None
+
+
+def polar(
+    method: _linalg.PolarMethod,
+    views: Sequence[MatrixView],
+    leaves: Sequence[Array],
+    shardings: Sequence[jax.NamedSharding | None],
+    stack_size: int | None = None,
+) -> list[Array]:
+    """Replaces every matrix of the leaves by its polar factor, spread over the mesh.
+
+    Args:
+      method: How.
+      views: The matrices of each leaf.
+      leaves: The leaves.
+      shardings: Where each lies; None is on one device, or not known.
+      stack_size: See `Placement`.
+
+    Returns:
+      Leaves like `leaves`, sharded alike.
+    """
+    results: list[Array] = list(leaves)
+    by_mesh: dict[Any, list[int]] = {}
+    for i, sharding in enumerate(shardings):
+        by_mesh.setdefault(sharding.mesh if sharding else None, []).append(i)
+    for indices in by_mesh.values():
+        plan = make_plan(
+            [Leaf(views[i], shardings[i], leaves[i].dtype.name) for i in indices],
+            method,
+            stack_size,
+        )
+        done = _run(plan, method, *(leaves[i] for i in indices))
+        for i, leaf in zip(indices, done, strict=True):
+            results[i] = leaf
+    return results
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(plan: Plan, method: _linalg.PolarMethod, *leaves: Array) -> tuple[Array, ...]:
+    return exchange.run(plan, method.polar, leaves)

@@ -1,0 +1,383 @@
+"""Which device works on which matrix: decided from shapes and shardings alone."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_matrix import _linalg, _mesh
+from optax_matrix._layout import MatrixView
+from optax_matrix._placement import rules
+
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Matrices that lie alike: same shape, same sharding, same type.
+
+    Attributes:
+      sizes: What one device holds of each input axis, then of each output axis.
+      over: The mesh axes that each is sharded over.
+      shards: How many pieces each is in.
+      inputs: How many of the axes are inputs.
+      input_widths: The blocks to cut the whole input side into, one if it is one.
+      output_widths: The same for the output side.
+      dtype: Name of the type.
+    """
+
+    sizes: tuple[int, ...]
+    over: tuple[tuple[str, ...], ...]
+    shards: tuple[int, ...]
+    inputs: int
+    input_widths: tuple[int, ...]
+    output_widths: tuple[int, ...]
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Inputs and outputs of the whole matrix."""
+        whole = [s * k for s, k in zip(self.sizes, self.shards, strict=True)]
+        return math.prod(whole[: self.inputs]), math.prod(whole[self.inputs :])
+
+    @property
+    def blocks(self) -> int:
+        """How many matrices the owner cuts it into."""
+        return len(self.input_widths) * len(self.output_widths)
+
+    @property
+    def pieces(self) -> int:
+        """How many devices one copy of a matrix lies on."""
+        return math.prod(self.shards)
+
+    def in_parts(self, parts: int) -> tuple["Kind", int]:
+        """One part of a matrix cut across its longer side, and the axis that is cut.
+
+        The cut is across what each device holds, so that every device has a share of
+        every part; the axis is padded to a multiple of `parts`.
+        """
+        m, n = self.shape
+        side = range(self.inputs) if m > n else range(self.inputs, len(self.sizes))
+        axis = max(side, key=lambda i: self.sizes[i])
+        size = -(-self.sizes[axis] // parts)
+        sizes = (*self.sizes[:axis], size, *self.sizes[axis + 1 :])
+        part = dataclasses.replace(self, sizes=sizes)
+        m, n = part.shape
+        return dataclasses.replace(part, input_widths=(m,), output_widths=(n,)), axis
+
+
+class Source(NamedTuple):
+    """A range of the matrices that one device holds of a leaf."""
+
+    leaf: int
+    stack: int
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Matrices of one kind that are handed out one after the other.
+
+    Attributes:
+      kind: How they lie.
+      sources: Where they come from.
+      parts: In how many parts each is handed out.
+      offset: How many parts of matrices of the same shape were handed out before.
+    """
+
+    kind: Kind
+    sources: tuple[Source, ...]
+    parts: int
+    offset: int
+
+    @property
+    def count(self) -> int:
+        """Number of parts."""
+        return self.parts * sum(s.stop - s.start for s in self.sources)
+
+    def slots(self, devices: int) -> int:
+        """How many a device gets at most, empty ones at the ends included."""
+        return -(-(self.offset + self.count) // devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Matrices of one shape that are exchanged together.
+
+    Attributes:
+      axes: The mesh axes over whose devices they are spread.
+      sizes: The sizes of these axes.
+      batches: What is handed out, parts after wholes.
+      turned: Whether tall matrices are worked on transposed.
+      stack_size: How many a device multiplies at once.
+    """
+
+    axes: tuple[str, ...]
+    sizes: tuple[int, ...]
+    batches: tuple[Batch, ...]
+    turned: bool
+    stack_size: int
+
+    @property
+    def devices(self) -> int:
+        """How many devices share the work."""
+        return math.prod(self.sizes)
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether any matrix has to be brought together from pieces."""
+        return any(batch.kind.pieces > 1 for batch in self.batches)
+
+    def by_parts(self) -> dict[int, list[Batch]]:
+        """Its batches by their number of parts."""
+        found: dict[int, list[Batch]] = {}
+        for batch in self.batches:
+            found.setdefault(batch.parts, []).append(batch)
+        return found
+
+    def table(self, batches: Sequence[Batch]) -> np.ndarray | None:
+        """For every device, which of its slots over `batches` hold a matrix.
+
+        None if that is all of them, to rounding up: then nothing is gained by a choice.
+        """
+        w = self.devices
+        real = [
+            [
+                0 <= slot * w + device - batch.offset < batch.count
+                for batch in batches
+                for slot in range(batch.slots(w))
+            ]
+            for device in range(w)
+        ]
+        most = max(map(sum, real))
+        if most == len(real[0]):
+            return None
+        # The empty ones fill up the rows of devices that have fewer.
+        order = [
+            sorted(range(len(row)), key=lambda i, row=row: not row[i]) for row in real
+        ]
+        return np.array([row[:most] for row in order])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where every matrix of a tree is worked on.
+
+    Attributes:
+      mesh: The mesh; None for one device.
+      specs: The partition of every leaf.
+      views: How a device cuts what it holds of a leaf into matrices.
+      kinds: For every leaf the kinds of its stacks.
+      groups: The work, a group after the other.
+    """
+
+    mesh: Mesh | None
+    specs: tuple[jax.P, ...]
+    views: tuple[MatrixView, ...]
+    kinds: tuple[tuple[Kind, ...], ...]
+    groups: tuple[Group, ...]
+
+
+class Leaf(NamedTuple):
+    """What a plan is made from: a leaf's matrices, where they lie, and its type."""
+
+    view: MatrixView
+    sharding: jax.NamedSharding | None
+    dtype: str
+
+
+def make_plan(
+    leaves: Sequence[Leaf],
+    method: _linalg.PolarMethod,
+    stack_size: int | None = None,
+) -> Plan:
+    """Spreads the matrices of leaves over the one mesh that they lie on.
+
+    Args:
+      leaves: The leaves, all with shardings on one mesh or all without.
+      method: What is done to each matrix.
+      stack_size: How many of a shape a device takes at once; None for the rule.
+
+    Raises:
+      ValueError: If a sharding does not divide its leaf.
+    """
+    mesh = leaves[0].sharding.mesh if leaves[0].sharding else None
+    locals_, kinds, specs = [], [], []
+    for leaf in leaves:
+        view, found = _local(leaf)
+        locals_.append(view)
+        kinds.append(found)
+        specs.append(leaf.sharding.spec if leaf.sharding else jax.P())
+    shape = dict(mesh.shape) if mesh is not None else {}
+    groups = [
+        group
+        for key, sources in _alike(leaves, locals_, kinds, method, shape).items()
+        for group in _rounds(key, sources, shape, method, stack_size)
+    ]
+    return Plan(mesh, tuple(specs), tuple(locals_), tuple(kinds), tuple(groups))
+
+
+def _local(leaf: Leaf) -> tuple[MatrixView, tuple[Kind, ...]]:
+    """How one device sees a leaf, and the kinds of the stacks it cuts it into.
+
+    A side that is both split and sharded is not cut: its blocks end between shards.
+    """
+    view, sharding, dtype = leaf
+    ndim = len(view.shape)
+    over = _mesh.axes_by_dimension(sharding, ndim) if sharding else ((),) * ndim
+    sizes = sharding.mesh.shape if sharding else {}
+    shards = [math.prod(sizes[axis] for axis in axes) for axes in over]
+    for size, count, axis in zip(view.shape, shards, range(ndim), strict=True):
+        if size % count:
+            raise ValueError(
+                f"The sharding {sharding} cuts axis {axis} into {count} at "
+                f"'{view.path}', shape {view.shape}, which does not divide. Shard "
+                "another axis, or leave that one whole."
+            )
+    shape = tuple(s // k for s, k in zip(view.shape, shards, strict=True))
+
+    sides = []  # for inputs and outputs: widths on one device, widths for the owner
+    for axes, widths in (
+        (view.inputs, view.input_widths),
+        (view.outputs, view.output_widths),
+    ):
+        cut_here = len(widths) > 1 and all(shards[axis] == 1 for axis in axes)
+        whole = (math.prod(shape[axis] for axis in axes),)
+        sides.append((widths, None) if cut_here else (whole, widths))
+    (local_in, own_in), (local_out, own_out) = sides
+    local = dataclasses.replace(
+        view, shape=shape, input_widths=local_in, output_widths=local_out
+    )
+    kinds = []
+    for _, m, n in local.matrices:
+        # A side that was cut has one axis.
+        ins = [shape[a] for a in view.inputs] if own_in else [m]
+        outs = [shape[a] for a in view.outputs] if own_out else [n]
+        axes = (*view.inputs, *view.outputs)
+        kinds.append(
+            Kind(
+                sizes=(*ins, *outs),
+                over=tuple(over[a] for a in axes),
+                shards=tuple(shards[a] for a in axes),
+                inputs=len(ins),
+                input_widths=own_in or (m,),
+                output_widths=own_out or (n,),
+                dtype=dtype,
+            )
+        )
+    return local, tuple(kinds)
+
+
+class _Key(NamedTuple):
+    """What matrices that are exchanged together have in common."""
+
+    shape: tuple[int, int]
+    widths: tuple[tuple[int, ...], tuple[int, ...]]
+    dtype: str
+    axes: tuple[str, ...]
+    turned: bool
+
+
+def _alike(
+    leaves: Sequence[Leaf],
+    views: Sequence[MatrixView],
+    kinds: Sequence[tuple[Kind, ...]],
+    method: _linalg.PolarMethod,
+    shape: dict[str, int],
+) -> dict[_Key, list[tuple[Kind, Source]]]:
+    """All stacks by what decides whether they can go together, those of a kind next."""
+    turns = isinstance(method, _linalg.PartwiseMethod)
+    found: dict[_Key, list[tuple[Kind, Source]]] = {}
+    for i, (leaf, view) in enumerate(zip(leaves, views, strict=True)):
+        taken = set()
+        if leaf.sharding:
+            over = _mesh.axes_by_dimension(leaf.sharding, len(view.shape))
+            taken = {axis for a in view.batch for axis in over[a]}
+        axes = tuple(a for a, size in shape.items() if size > 1 and a not in taken)
+        for j, ((count, *_), kind) in enumerate(
+            zip(view.matrices, kinds[i], strict=True)
+        ):
+            m, n = kind.shape
+            turned = turns and kind.blocks == 1
+            key = _Key(
+                (min(m, n), max(m, n)) if turned else (m, n),
+                ((), ()) if turned else (kind.input_widths, kind.output_widths),
+                kind.dtype,
+                axes,
+                turned,
+            )
+            found.setdefault(key, []).append((kind, Source(i, j, 0, count)))
+    # Stable: the order of leaves within a kind.
+    for stacks in found.values():
+        order = list(dict.fromkeys(kind for kind, _ in stacks))
+        stacks.sort(key=lambda stack: order.index(stack[0]))
+    return found
+
+
+def _rounds(
+    key: _Key,
+    sources: list[tuple[Kind, Source]],
+    shape: dict[str, int],
+    method: _linalg.PolarMethod,
+    stack_size: int | None,
+) -> Iterable[Group]:
+    """The groups of one key: several if a device would hold too many at once."""
+    sizes = tuple(shape[axis] for axis in key.axes)
+    w = math.prod(sizes)
+    count = sum(source.stop - source.start for _, source in sources)
+    itemsize = jnp.dtype(key.dtype).itemsize
+    at_once = stack_size or rules.stack_size(*key.shape)
+    if w == 1:
+        batches = _batches(sources, 1)
+        yield Group(key.axes, sizes, batches, key.turned, at_once)
+        return
+    held = stack_size or rules.exchange_size(*key.shape, itemsize)
+    whole = count // w * w
+    split = 1
+    if whole < count and key.turned and isinstance(method, _linalg.PartwiseMethod):
+        split = rules.parts(count - whole, w, key.shape, method.flops)
+    if split == 1:
+        whole = count
+    edges = sorted({*range(held * w, whole, held * w), whole, count} - {0})
+    rounds = _cut(sources, edges)
+    rest = rounds.pop() if split > 1 else []
+    # Parts go with the last round of wholes, in the same exchange.
+    last = rounds.pop() if rounds else []
+    for cut in rounds:
+        yield Group(key.axes, sizes, _batches(cut, 1), key.turned, at_once)
+    batches = (*_batches(last, 1), *_batches(rest, split))
+    yield Group(key.axes, sizes, batches, key.turned, at_once)
+
+
+def _cut(
+    sources: list[tuple[Kind, Source]], edges: list[int]
+) -> list[list[tuple[Kind, Source]]]:
+    """The matrices up to the first edge, from there to the second, and so on."""
+    cuts, done, queue = [], 0, list(sources)
+    for edge in edges:
+        cut = []
+        while done < edge:
+            kind, source = queue.pop(0)
+            take = min(source.stop - source.start, edge - done)
+            middle = source.start + take
+            cut.append((kind, source._replace(stop=middle)))
+            if middle < source.stop:
+                queue.insert(0, (kind, source._replace(start=middle)))
+            done += take
+        cuts.append(cut)
+    return cuts
+
+
+def _batches(sources: list[tuple[Kind, Source]], parts: int) -> tuple[Batch, ...]:
+    batches, offset = [], 0
+    for kind, same in itertools.groupby(sources, key=lambda pair: pair[0]):
+        batch = Batch(kind, tuple(source for _, source in same), parts, offset)
+        batches.append(batch)
+        offset += batch.count
+    return tuple(batches)
