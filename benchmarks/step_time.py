@@ -11,8 +11,8 @@ are compiled afresh, without JAX's caches on disk or in memory (XLA's own autotu
 a GPU is remembered by the process: there the first of the raw times is the cold one).
 
 The probes are independent products of the shapes that a Newton-Schulz step has, one for
-each leaf of the set. `mix_flops_per_second` is their rate in the proportions of one
-plain step of every leaf; `matmul_seconds` takes all dots of a contender at that one
+each leaf that has the shape. `mix_flops_per_second` is their rate in the proportions of
+one plain step of every leaf; `matmul_seconds` takes all dots of a contender at that one
 rate, however its own shapes are mixed: the rates by shape beside it say how much that
 can matter. What is no dot counts as `rest`, factorizations and solves (Halley) among
 it: see `custom_calls`.
@@ -257,6 +257,11 @@ def measure(shapes: ShapeSet, repeats: int, seed: int, dtype: str) -> dict[str, 
     matrices = shapes.separate()
     grads = random_leaves(matrices, seed, 1.0, dtype)
     params = random_leaves(matrices, seed + 1, 0.02, dtype)
+    products = step_products(shapes)
+    probes = {
+        f"({m}, {k}) @ ({k}, {n})": probe((m, k, n), leaves, seed, dtype)
+        for (m, k, n), (leaves, _) in products.items()
+    }
     found, left_out = contenders(shapes, dtype)
     steps = {}
     for name, contender in found.items():
@@ -264,11 +269,6 @@ def measure(shapes: ShapeSet, repeats: int, seed: int, dtype: str) -> dict[str, 
         if contender.fused:
             trees = (shapes.fuse(grads), shapes.fuse(params))
         steps[name] = Step(contender, *trees)
-    products = step_products(shapes)
-    probes = {
-        f"({m}, {k}) @ ({k}, {n})": probe((m, k, n), leaves, seed, dtype)
-        for (m, k, n), (leaves, _) in products.items()
-    }
     seconds = interleave({**steps, **probes}, repeats)
 
     matmul, mix_seconds, mix_flops = {}, 0.0, 0
@@ -374,7 +374,8 @@ def table(path: str | Path) -> str:
                 f"| {(row['temp_bytes'] or 0) / 2**20:.1f} "
                 f"| {row['lowering_seconds']:.2f} | {row['compile_seconds']:.2f} |"
             )
-        lines += [f"\n{who}: {why}" for who, why in measured["left_out"].items()]
+        out = measured["left_out"].items()
+        lines += [f"\n{who} is left out ({why})" for who, why in out]
         lines.append("")
     return "\n".join(lines)
 

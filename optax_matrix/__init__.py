@@ -15,6 +15,7 @@ from optax_matrix._optimizers import (
     muonw,
     normuon,
 )
+from optax_matrix._placement import Placement
 from optax_matrix._routing import describe, partition, route
 from optax_matrix._transforms import (
     add_cautious_weight_decay,
@@ -40,6 +41,7 @@ __all__ = [
     "Halley",
     "MatrixLayout",
     "NewtonSchulz",
+    "Placement",
     "adamh",
     "adamuon",
     "add_cautious_weight_decay",

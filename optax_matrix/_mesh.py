@@ -1,20 +1,31 @@
 """What the types of arrays say about meshes, and bringing one leaf together."""
 
+from typing import Any
+
 import jax
+import jax.core
 from jax.sharding import AxisType
 
 
-def explicit(x: jax.Array) -> jax.NamedSharding | None:
-    """The sharding in the type of `x`, if that says on which devices all of it lies.
+def seen(x: Any) -> jax.NamedSharding | None:
+    """Where all of `x` lies, as far as can be seen; None is on one device, or unknown.
 
-    None without a mesh, inside a `shard_map`, and on meshes with auto axes, where the
-    compiler decides later and nothing can be seen here.
+    On a mesh with explicit axes the type says it, and outside of `jax.jit` the array.
+    On the auto axes of a context mesh the compiler decides later: there leaves are
+    taken for replicated, which is right whatever they are.
     """
+    if not isinstance(x, jax.core.Tracer):
+        sharding = getattr(x, "sharding", None)
+        return sharding if isinstance(sharding, jax.NamedSharding) else None
     sharding = jax.typeof(x).sharding
-    mesh = sharding.mesh
-    if mesh.empty or any(kind is not AxisType.Explicit for kind in mesh.axis_types):
-        return None
-    return sharding
+    if _only(sharding.mesh, AxisType.Explicit):
+        return sharding
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.NamedSharding(mesh, jax.P()) if _only(mesh, AxisType.Auto) else None
+
+
+def _only(mesh: jax.sharding.AbstractMesh, kind: AxisType) -> bool:
+    return not mesh.empty and all(axis is kind for axis in mesh.axis_types)
 
 
 def gathered(x: jax.Array) -> jax.Array:
@@ -27,6 +38,13 @@ def gathered(x: jax.Array) -> jax.Array:
         return x
     whole = jax.NamedSharding(sharding.mesh, jax.P(*[None] * x.ndim))
     return jax.sharding.reshard(x, whole)
+
+
+def like(x: jax.Array, original: jax.Array) -> jax.Array:
+    """`x` with the sharding that the type of `original` says."""
+    if jax.typeof(x).sharding == jax.typeof(original).sharding:
+        return x
+    return jax.sharding.reshard(x, jax.typeof(original).sharding)
 
 
 def axes_by_dimension(

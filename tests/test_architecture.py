@@ -13,10 +13,11 @@ ROOT = pathlib.Path(om.__file__).parent
 # Lower may not import higher.
 LEVELS = {
     "_check": 0,
+    "_mesh": 0,
     "_paths": 0,
     "_linalg": 1,
     "_layout": 2,
-    "_placement": 1,
+    "_placement": 3,
     "_rules": 3,
     "_routing": 4,
     "_transforms": 4,

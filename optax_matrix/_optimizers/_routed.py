@@ -6,7 +6,14 @@ from typing import Any, get_args
 
 import optax
 
-from optax_matrix import _check, _layout, _linalg, _routing, _transforms
+from optax_matrix import (
+    _check,
+    _layout,
+    _linalg,
+    _placement,
+    _routing,
+    _transforms,
+)
 
 Auxiliary = optax.GradientTransformation | Mapping[str, Any] | None
 
@@ -68,12 +75,14 @@ def momentum_average(
 
 
 def orthogonalized(
-    method: str | _linalg.PolarMethod, layout: _layout.Layout
+    method: str | _linalg.PolarMethod,
+    layout: _layout.Layout,
+    placement: _placement.Placement | None,
 ) -> optax.GradientTransformation:
     """`orthogonalize`, its method called by the optimizers' name for it."""
     if isinstance(method, str):
         _check.one_of("orthogonalize", method, ("newton_schulz", "halley", "exact"))
-    return _transforms.orthogonalize(method, layout=layout)
+    return _transforms.orthogonalize(method, layout=layout, placement=placement)
 
 
 def check_second_moment(b2: Any, eps: Any) -> None:

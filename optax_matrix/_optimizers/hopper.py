@@ -5,7 +5,14 @@ from typing import Literal
 import optax
 from jax.typing import ArrayLike
 
-from optax_matrix import _check, _layout, _linalg, _routing, _transforms
+from optax_matrix import (
+    _check,
+    _layout,
+    _linalg,
+    _placement,
+    _routing,
+    _transforms,
+)
 from optax_matrix._optimizers import _routed
 
 
@@ -13,6 +20,7 @@ def hopper(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     *,
     ns_steps: int = 1,
+    placement: _placement.Placement | None = None,
     variance: Literal["post", "pre"] = "post",
     b1: ArrayLike | None = None,
     b2: ArrayLike | None = None,
@@ -51,6 +59,7 @@ def hopper(
       ns_steps: :math:`k`, at least 0 (which leaves the stage out), of the ``"jordan"``
         table. It fixes the program: under `optax.inject_hyperparams` name it in
         ``static_args``.
+      placement: See `muon`.
       variance: The order, ``"post"`` or ``"pre"``.
       b1: Decay of the momentum, in [0, 1). None: 0.95 for ``"post"`` (Muon's), 0.9 for
         ``"pre"`` (Adam's).
@@ -89,7 +98,9 @@ def hopper(
     def orthogonalized(layout: _layout.Layout) -> optax.GradientTransformation:
         if ns_steps == 0:
             return optax.identity()
-        return _transforms.orthogonalize_newton_schulz(ns_steps, layout=layout)
+        return _transforms.orthogonalize_newton_schulz(
+            ns_steps, layout=layout, placement=placement
+        )
 
     def direction(layout: _layout.Layout) -> optax.GradientTransformation:
         if post:
@@ -120,6 +131,7 @@ def adamuon(
     momentum: ArrayLike = 0.95,
     nesterov: bool = True,
     orthogonalize: str | _linalg.PolarMethod = "newton_schulz",
+    placement: _placement.Placement | None = None,
     b2: ArrayLike = 0.95,
     eps: ArrayLike = 1e-8,
     rms: ArrayLike = 0.2,
@@ -144,6 +156,7 @@ def adamuon(
       momentum: See `muon`.
       nesterov: See `muon`.
       orthogonalize: See `muon`.
+      placement: See `muon`.
       b2: :math:`\beta_2`, in [0, 1).
       eps: :math:`\epsilon`, positive.
       rms: :math:`\rho`, the RMS of the entries of each matrix's update before the
@@ -171,7 +184,7 @@ def adamuon(
         return optax.chain(
             _routed.momentum_average(momentum, nesterov=nesterov),
             optax.scale_by_sign(),
-            _routed.orthogonalized(orthogonalize, layout),
+            _routed.orthogonalized(orthogonalize, layout, placement),
             _transforms.scale_by_variance(b2, eps=eps, debias=False),
             _step(learning_rate, rms, weight_decay, layout),
         )

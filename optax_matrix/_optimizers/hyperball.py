@@ -3,7 +3,7 @@
 import optax
 from jax.typing import ArrayLike
 
-from optax_matrix import _layout, _linalg, _routing, _transforms
+from optax_matrix import _layout, _linalg, _placement, _routing, _transforms
 from optax_matrix._optimizers import _routed
 
 
@@ -13,6 +13,7 @@ def muonh(
     momentum: ArrayLike = 0.95,
     nesterov: bool = True,
     orthogonalize: str | _linalg.PolarMethod = "newton_schulz",
+    placement: _placement.Placement | None = None,
     routing: _routing.Routing = None,
     auxiliary: _routed.Auxiliary = None,
     auxiliary_learning_rate: optax.ScalarOrSchedule | None = None,
@@ -34,6 +35,7 @@ def muonh(
       momentum: See `muon`.
       nesterov: See `muon`.
       orthogonalize: See `muon`.
+      placement: See `muon`.
       routing: See `muon`.
       auxiliary: See `muon`; the other leaves are not kept on spheres.
       auxiliary_learning_rate: See `muon`.
@@ -53,7 +55,7 @@ def muonh(
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(
             _routed.momentum_average(momentum, nesterov=nesterov),
-            _routed.orthogonalized(orthogonalize, layout),
+            _routed.orthogonalized(orthogonalize, layout, placement),
             _on_sphere(learning_rate, layout),
         )
 

@@ -3,7 +3,7 @@
 import optax
 from jax.typing import ArrayLike
 
-from optax_matrix import _layout, _linalg, _routing, _transforms
+from optax_matrix import _layout, _linalg, _placement, _routing, _transforms
 from optax_matrix._optimizers import _routed
 
 
@@ -14,6 +14,7 @@ def muon(
     nesterov: bool = True,
     debias: bool = False,
     orthogonalize: str | _linalg.PolarMethod = "newton_schulz",
+    placement: _placement.Placement | None = None,
     shape_scale: _transforms.ShapeScale | None = "spectral",
     weight_decay: ArrayLike = 0.0,
     routing: _routing.Routing = None,
@@ -53,6 +54,8 @@ def muon(
       orthogonalize: The stage that orthogonalizes: ``"newton_schulz"`` (five steps of
         the ``"jordan"`` table), ``"halley"``, ``"exact"``, or one of the objects
         `NewtonSchulz`, `Halley`, `Exact` with settings of its own.
+      placement: Where parameters lie on a mesh with auto axes, and the size of
+        stacks, see `Placement`. None: what explicit axes say, and the rule for stacks.
       shape_scale: The factor of the shape, see `scale_by_shape`; None for 1.
       weight_decay: :math:`\lambda`, not negative, decoupled, on the hidden matrices.
       routing: Which leaves are hidden matrices, and in which layout: None for the rules
@@ -79,7 +82,7 @@ def muon(
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(
             _routed.momentum_average(momentum, nesterov=nesterov, debias=debias),
-            _routed.orthogonalized(orthogonalize, layout),
+            _routed.orthogonalized(orthogonalize, layout, placement),
             _routed.shaped(shape_scale, layout),
             _routed.decayed(weight_decay),
             optax.scale_by_learning_rate(learning_rate),
@@ -100,6 +103,7 @@ def muonw(
     momentum: ArrayLike = 0.95,
     nesterov: bool = True,
     orthogonalize: str | _linalg.PolarMethod = "newton_schulz",
+    placement: _placement.Placement | None = None,
     shape_scale: _transforms.ShapeScale | None = "spectral",
     weight_decay: ArrayLike = 0.01,
     routing: _routing.Routing = None,
@@ -117,6 +121,7 @@ def muonw(
       momentum: See `muon`.
       nesterov: See `muon`.
       orthogonalize: See `muon`.
+      placement: See `muon`.
       shape_scale: See `muon`; ``"rms"`` is Moonlight's, for which 0.1 is the usual
         ``weight_decay`` and AdamW's learning rates fit.
       weight_decay: :math:`\lambda`, not negative, per unit of learning rate.
@@ -138,6 +143,7 @@ def muonw(
         momentum=momentum,
         nesterov=nesterov,
         orthogonalize=orthogonalize,
+        placement=placement,
         shape_scale=shape_scale,
         weight_decay=weight_decay,
         routing=routing,

@@ -3,7 +3,7 @@
 import optax
 from jax.typing import ArrayLike
 
-from optax_matrix import _layout, _linalg, _routing, _transforms
+from optax_matrix import _layout, _linalg, _placement, _routing, _transforms
 from optax_matrix._optimizers import _routed
 
 
@@ -13,6 +13,7 @@ def normuon(
     momentum: ArrayLike = 0.95,
     nesterov: bool = True,
     orthogonalize: str | _linalg.PolarMethod = "newton_schulz",
+    placement: _placement.Placement | None = None,
     b2: ArrayLike = 0.95,
     eps: ArrayLike = 1e-10,
     shape_scale: _transforms.ShapeScale | None = "spectral",
@@ -37,6 +38,7 @@ def normuon(
       momentum: See `muon`.
       nesterov: See `muon`.
       orthogonalize: See `muon`.
+      placement: See `muon`.
       b2: :math:`\beta_2`, in [0, 1).
       eps: :math:`\epsilon`, positive.
       shape_scale: The factor of the shape, see `scale_by_shape`; None for 1.
@@ -63,7 +65,7 @@ def normuon(
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(
             _routed.momentum_average(momentum, nesterov=nesterov),
-            _routed.orthogonalized(orthogonalize, layout),
+            _routed.orthogonalized(orthogonalize, layout, placement),
             _transforms.scale_by_neuron_variance(b2, eps=eps, layout=layout),
             _routed.shaped(shape_scale, layout),
             _routed.decayed(weight_decay),

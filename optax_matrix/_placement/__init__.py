@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.core
 from jax import Array
 
 from optax_matrix import _check, _linalg, _mesh, _paths
@@ -28,8 +27,9 @@ class Placement:
 
     On a mesh with explicit axes, the default of `jax.make_mesh`, types say where leaves
     lie, and no `Placement` is needed. On a mesh with auto axes it is invisible while
-    a function is traced: pass the parameters or their shardings here. Without, each
-    device is left what the compiler makes of one product after another.
+    a function is traced: pass the parameters or their shardings here. Without, leaves
+    are taken for replicated if a mesh is set (`jax.set_mesh`), so that sharded ones are
+    gathered first, and else every product is left to the compiler.
 
     Args:
       sharding: The sharded parameters, or a tree (prefix) of what they have in
@@ -71,20 +71,12 @@ class Placement:
     def of(self, tree: Any) -> list[jax.NamedSharding | None]:
         """The sharding of every leaf of `tree`; None where there is one device."""
         if self.sharding is None:
-            return [_seen(leaf) for leaf in jax.tree.leaves(tree)]
+            return [_mesh.seen(leaf) for leaf in jax.tree.leaves(tree)]
         matched = _paths.match(self.sharding, tree, "sharding", lambda _: False)
         return [
             entry if isinstance(entry, jax.NamedSharding) else None
             for _, entry, _ in matched
         ]
-
-
-def _seen(leaf: Any) -> jax.NamedSharding | None:
-    """What can be seen of where a leaf lies without being told."""
-    sharding = _mesh.explicit(leaf)
-    if sharding is None and not isinstance(leaf, jax.core.Tracer):
-        sharding = getattr(leaf, "sharding", None)
-    return sharding if isinstance(sharding, jax.NamedSharding) else None
 
 
 def polar(
@@ -116,9 +108,11 @@ def polar(
             method,
             stack_size,
         )
-        done = _run(plan, method, *(leaves[i] for i in indices))
-        for i, leaf in zip(indices, done, strict=True):
-            results[i] = leaf
+        given = [leaves[i] for i in indices]
+        if plan.mesh is None:
+            given = [_mesh.gathered(leaf) for leaf in given]
+        for i, done in zip(indices, _run(plan, method, *given), strict=True):
+            results[i] = _mesh.like(done, leaves[i]) if plan.mesh is None else done
     return results
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 import optax
 from jax.typing import DTypeLike
 
-from optax_matrix import _layout, _linalg
+from optax_matrix import _layout, _linalg, _placement
 from optax_matrix._transforms.orthogonalize import orthogonalize
 
 
@@ -14,6 +14,7 @@ def orthogonalize_exact(
     *,
     dtype: DTypeLike | None = None,
     layout: _layout.Layout = None,
+    placement: _placement.Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces each matrix of the update by its polar factor, to rounding.
 
@@ -30,6 +31,7 @@ def orthogonalize_exact(
       dtype: In which to compute; None is float32, float64 for float64 updates.
       layout: Which axes of a leaf are the matrix, see `MatrixLayout`. None: the last
         two are (inputs, outputs). Each matrix of a stack is taken by itself.
+      placement: Where leaves lie and how many are worked on at once, see `Placement`.
 
     Returns:
       A transformation without state. Updates keep their shape and dtype; a zero matrix
@@ -39,4 +41,6 @@ def orthogonalize_exact(
       ValueError: At construction, for settings that `Exact` refuses; at ``init``, if a
         leaf does not fit ``layout``, with its path.
     """
-    return orthogonalize(_linalg.Exact(method=method, dtype=dtype), layout=layout)
+    return orthogonalize(
+        _linalg.Exact(method=method, dtype=dtype), layout=layout, placement=placement
+    )

@@ -3,7 +3,7 @@
 import optax
 from jax.typing import DTypeLike
 
-from optax_matrix import _layout, _linalg
+from optax_matrix import _layout, _linalg, _placement
 from optax_matrix._transforms.orthogonalize import orthogonalize
 
 
@@ -13,6 +13,7 @@ def orthogonalize_halley(
     steps: int = 1,
     dtype: DTypeLike | None = None,
     layout: _layout.Layout = None,
+    placement: _placement.Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Moves the singular values of each matrix towards one by a rational function.
 
@@ -35,6 +36,7 @@ def orthogonalize_halley(
       dtype: In which to compute; None is float32, float64 for float64 updates.
       layout: Which axes of a leaf are the matrix, see `MatrixLayout`. None: the last
         two are (inputs, outputs). Each matrix of a stack is taken by itself.
+      placement: Where leaves lie and how many are worked on at once, see `Placement`.
 
     Returns:
       A transformation without state. Updates keep their shape and dtype; a zero matrix
@@ -53,4 +55,4 @@ def orthogonalize_halley(
       matrix polar decomposition, SIAM J. Matrix Anal. Appl. 31.
     """
     halley = _linalg.Halley(lower_bound=lower_bound, steps=steps, dtype=dtype)
-    return orthogonalize(halley, layout=layout)
+    return orthogonalize(halley, layout=layout, placement=placement)

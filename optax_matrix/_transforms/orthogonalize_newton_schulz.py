@@ -6,7 +6,7 @@ from typing import Literal
 import optax
 from jax.typing import DTypeLike
 
-from optax_matrix import _layout, _linalg
+from optax_matrix import _layout, _linalg, _placement
 from optax_matrix._transforms.orthogonalize import orthogonalize
 
 
@@ -18,6 +18,7 @@ def orthogonalize_newton_schulz(
     dtype: DTypeLike | None = None,
     precision: str | None = None,
     layout: _layout.Layout = None,
+    placement: _placement.Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Moves all singular values of each matrix of the update towards one, by matmuls.
 
@@ -44,6 +45,7 @@ def orthogonalize_newton_schulz(
       precision: Of the matmuls, as in `jax.numpy.matmul`; None is the backend's own.
       layout: Which axes of a leaf are the matrix, see `MatrixLayout`. None: the last
         two are (inputs, outputs). Each matrix of a stack is taken by itself.
+      placement: Where leaves lie and how many are worked on at once, see `Placement`.
 
     Returns:
       A transformation without state. Updates keep their shape and dtype; a zero matrix
@@ -79,4 +81,4 @@ def orthogonalize_newton_schulz(
         dtype=dtype,
         precision=precision,
     )
-    return orthogonalize(newton_schulz, layout=layout)
+    return orthogonalize(newton_schulz, layout=layout, placement=placement)
