@@ -1,6 +1,7 @@
 """Matrix-aware optimizers for JAX, as composable Optax transformations."""
 
 from optax_matrix import diagnostics
+from optax_matrix._accounting import describe_placement
 from optax_matrix._layout import MatrixLayout
 from optax_matrix._linalg import Exact, Halley, NewtonSchulz
 from optax_matrix._optimizers import (
@@ -46,6 +47,7 @@ __all__ = [
     "adamuon",
     "add_cautious_weight_decay",
     "describe",
+    "describe_placement",
     "diagnostics",
     "ema_momentum",
     "floor_update_ratio",

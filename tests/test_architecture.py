@@ -21,6 +21,7 @@ LEVELS = {
     "_rules": 3,
     "_routing": 4,
     "_transforms": 4,
+    "_accounting": 5,
     "diagnostics": 5,
     "_optimizers": 5,
     "__init__": 6,

@@ -7,6 +7,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import optax_matrix as om
 
 # What trains `tiny` well: adamw, lion, muon, muonh, normuon and hopper after the sweep
@@ -87,6 +89,21 @@ class Config:
     cooldown: float = flag(0.7, "last part of the steps, with a linear fall to zero")
     clip: float = flag(0.0, "largest global norm of the raw gradient; 0: no limit")
     seed: int = flag(0, "of the initial parameters and of the order of the data")
+    # Devices
+    mesh: str = flag(
+        "",
+        "axes of the devices and their sizes, of data, fsdp and tensor: "
+        "data=2,fsdp=4; default: all devices on data",
+    )
+    mesh_axes: str = flag("auto", "kind of these axes: auto or explicit")
+    distributed: bool = flag(
+        False,
+        "this process is one of several, each with its own devices; JAX asks the "
+        "cluster (Slurm, TPU pod, ...) which, unless the next three say it",
+    )
+    coordinator: str | None = flag(None, "host:port of process 0, the same for all")
+    processes: int | None = flag(None, "how many processes there are")
+    process: int | None = flag(None, "which of them this is, from 0")
     # Reporting
     log_every: int = flag(10, "steps between records of the training loss")
     val_every: int = flag(100, "steps between validations, on always the same windows")
@@ -108,8 +125,10 @@ class Config:
     quiet: bool = flag(False, "print nothing")
 
 
-# Fields that may differ between a run and its continuation: they train nothing.
+# Fields that may differ between a run and its continuation: they train nothing, or, as
+# the mesh, change no more than the order of sums.
 PRESENTATION = {
+    *("mesh", "mesh_axes", "distributed", "coordinator", "processes", "process"),
     *("sample", "prompt", "temperature", "out", "checkpoint_every", "resume"),
     *("overwrite", "compare", "quiet", "data_dir"),
 }
@@ -169,6 +188,12 @@ def resolve(config: Config) -> Config:
             raise ValueError(f"`{name}` must be positive, got {getattr(config, name)}")
     if config.sample and not config.prompt:
         raise ValueError("`prompt` must not be empty where a `sample` is asked for")
+    which = (config.coordinator, config.processes, config.process)
+    if which != (None, None, None) and (not config.distributed or None in which):
+        raise ValueError(
+            "`coordinator`, `processes` and `process` go together, and with "
+            f"`distributed`; got {which} and distributed={config.distributed}"
+        )
     if config.optimizer not in om.OPTIMIZERS:
         names = ", ".join(sorted(om.OPTIMIZERS))
         raise ValueError(
@@ -179,6 +204,13 @@ def resolve(config: Config) -> Config:
     if config.optimizer not in LEARNING_RATES:
         raise ValueError(f"`{config.optimizer}` has no default: pass `--lr`")
     return dataclasses.replace(config, lr=LEARNING_RATES[config.optimizer])
+
+
+def compute_dtype(config: Config) -> str:
+    """What products are computed in."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if jax.default_backend() in ("gpu", "tpu") else "float32"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -192,6 +224,7 @@ def parser() -> argparse.ArgumentParser:
     choices = {
         "config": PRESETS,
         "dtype": ("auto", "float32", "bfloat16"),
+        "mesh_axes": ("auto", "explicit"),
         "optimizer": sorted(om.OPTIMIZERS),
     }
     for field in dataclasses.fields(Config):

@@ -75,11 +75,20 @@ class Record:
     `resume`. A folder also receives the source of this example.
     """
 
-    def __init__(self, folder: Path | None, *, resume: bool, overwrite: bool):
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        resume: bool,
+        overwrite: bool,
+        writes: bool = True,
+    ):
+        """Of several processes one `writes`; the others read a run to resume."""
         self.records: list[dict[str, Any]] = []
         self.tokenizer: str | None = None  # that of a run which is resumed
         self.path = folder / "metrics.jsonl" if folder else None
-        if folder is None or self.path is None:
+        self.writes = writes
+        if folder is None or self.path is None or not (writes or resume):
             return
         if resume:
             if overwrite:
@@ -125,7 +134,7 @@ class Record:
         """Forgets what was recorded after `step`: it will be done again."""
         kept = [r for r in self.records if r.get("step", 0) <= step]
         self.records = [r for r in kept if r["kind"] != "final"]
-        if self.path:
+        if self.path and self.writes:
             lines = [_line(record) for record in self.records]
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(lines))
@@ -134,7 +143,7 @@ class Record:
     def add(self, kind: str, **fields: Any) -> None:
         record = {"kind": kind, **fields}
         self.records.append(record)
-        if self.path:
+        if self.path and self.writes:
             with self.path.open("a") as file:
                 file.write(_line(record))
 

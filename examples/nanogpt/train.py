@@ -3,10 +3,13 @@
 python -m examples.nanogpt.train                                # a minute, any machine
 python -m examples.nanogpt.train --optimizer adamw --lr 0.002
 python -m examples.nanogpt.train --config gpt2-small            # 124M, GPU or TPU
+python -m examples.nanogpt.train --mesh data=2,fsdp=4           # on eight devices
 python -m examples.nanogpt.train --help
 """
 
 import dataclasses
+import inspect
+import math
 import signal
 import sys
 import time
@@ -19,15 +22,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 if not __package__:  # run as a file: `python examples/nanogpt/train.py`
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import optax_matrix as om
-from examples.nanogpt import checkpoint, configs, data, model, plot, record
+from examples.nanogpt import (
+    checkpoint,
+    configs,
+    data,
+    model,
+    plot,
+    processes,
+    record,
+    sharding,
+)
 from examples.nanogpt.configs import Config
 
 
@@ -52,16 +62,24 @@ def schedule(peak: Any, config: Config) -> Callable:
     return with_rise if config.warmup else stable
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: Config, placement: om.Placement | None = None
+) -> optax.GradientTransformationExtraArgs:
     """The named optimizer on raw gradients, which skips a step that is not finite.
 
     A skipped step leaves parameters and optimizer as they were, schedule included.
     Optax gives up after `max_consecutive_errors`; here that is never.
+
+    Args:
+      config: Names it.
+      placement: Where the parameters lie, for those that work on whole matrices.
     """
     config = configs.resolve(config)
     settings: dict[str, Any] = dict(config.settings)
     if config.optimizer in om.MATRIX_OPTIMIZERS:
         settings.setdefault("auxiliary_learning_rate", schedule(config.aux_lr, config))
+    if "placement" in inspect.signature(om.OPTIMIZERS[config.optimizer]).parameters:
+        settings.setdefault("placement", placement)
     settings["learning_rate"] = schedule(config.lr, config)
     optimizer = om.make_optimizer(config.optimizer, **settings)
     if config.clip:
@@ -79,6 +97,27 @@ def check_ownership(table: Any, params: nnx.State) -> int:
     return owned[1]
 
 
+def initial(
+    config: Config, vocab_size: int, mesh: jax.sharding.Mesh
+) -> tuple[nnx.GraphDef, optax.GradientTransformation, State]:
+    """The model, the optimizer, and both at step 0, made where they will lie."""
+    sizes = (vocab_size, config.layers, config.width, config.head_dim)
+    dtype = jnp.dtype(configs.compute_dtype(config))
+
+    def make_model() -> model.GPT:
+        return model.GPT(*sizes, dtype=dtype, rngs=nnx.Rngs(config.seed))
+
+    graph, shapes = nnx.split(nnx.eval_shape(make_model))
+    stored = sharding.shardings(shapes, mesh)
+    params = jax.jit(lambda: nnx.state(make_model()), out_shardings=stored)()
+    # On explicit axes types say where parameters lie; auto axes hide it from `update`.
+    placement = None if sharding.is_explicit(mesh) else om.Placement(params)
+    optimizer = make_optimizer(config, placement)
+    # Not compiled: zeros like a parameter then lie as it does.
+    state = State(params, optimizer.init(params))
+    return graph, optimizer, sharding.place_rest(state, mesh)
+
+
 # -------------------------------------------------------------------- one step
 
 
@@ -90,13 +129,24 @@ def loss_fn(params: nnx.State, graph: nnx.GraphDef, windows: jax.Array) -> jax.A
 
 
 def make_step(
-    graph: nnx.GraphDef, optimizer: optax.GradientTransformation
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh | None = None,
+    like: State | None = None,
 ) -> jax.stages.Wrapped:
-    """Compiled: state and windows (A, B, T + 1) to the next state and the mean loss."""
+    """Compiled: state and windows (A, B, T + 1) to the next state and the mean loss.
+
+    Args:
+      graph: The model without its parameters.
+      optimizer: Takes the mean gradient.
+      mesh: Of state and windows, None on one device.
+      like: A state that lies as the next one shall.
+    """
+    on_mesh = sharding.spread(loss_fn, mesh)
 
     def step(state: State, windows: jax.Array) -> tuple[State, jax.Array]:
         def add_micro_batch(total, micro_batch):  # (B, T + 1)
-            found = jax.value_and_grad(loss_fn)(state.params, graph, micro_batch)
+            found = jax.value_and_grad(on_mesh)(state.params, graph, micro_batch)
             return jax.tree.map(jnp.add, total, found), None
 
         count = windows.shape[0]  # of micro-batches (A, B, T + 1)
@@ -109,7 +159,8 @@ def make_step(
         updates, inner = optimizer.update(grads, state.optimizer, state.params)
         return State(optax.apply_updates(state.params, updates), inner), loss  # type: ignore
 
-    return jax.jit(step, donate_argnums=0)
+    stored = like and jax.tree.map(lambda leaf: leaf.sharding, like)
+    return jax.jit(step, donate_argnums=0, out_shardings=(stored, None))
 
 
 # --------------------------------------------------------------------- the run
@@ -122,23 +173,30 @@ def train(config: Config) -> dict[str, Any]:
     then `stopped` is their name. `seconds` are those of this process, spent in steps.
     """
     config = configs.resolve(config)
-    say = (lambda _: None) if config.quiet else tqdm.write
+    mesh = sharding.make_mesh(config.mesh, config.mesh_axes)
+    with jax.set_mesh(mesh):
+        return train_on(mesh, config)
 
-    # Devices: each has all parameters and its part of every micro-batch.
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
-    everywhere, spread = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "data"))
+
+def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
+    """`train`, on a mesh that is set."""
+    quiet = config.quiet or not processes.is_first()
+    say = (lambda _: None) if quiet else tqdm.write
+    parts = math.prod(mesh.shape[axis] for axis in sharding.batch_axes(mesh))
     micro_batch, rest = divmod(config.batch_size, config.accumulate)
-    if rest or micro_batch % mesh.size:
+    if rest or micro_batch % parts:
         raise ValueError(
-            f"`batch_size` must be a multiple of `accumulate` times devices, got "
-            f"{config.batch_size} for {config.accumulate} times {mesh.size}"
+            f"`batch_size` must be a multiple of `accumulate` times devices "
+            f"(on data and fsdp), got {config.batch_size} for {config.accumulate} "
+            f"times {parts}"
         )
-    best = "bfloat16" if jax.default_backend() in ("gpu", "tpu") else "float32"
-    dtype = best if config.dtype == "auto" else config.dtype
 
     # Output and data; a resumed run takes the tokenizer that it was begun with.
     folder = Path(config.out) if config.out else None
-    log = record.Record(folder, resume=config.resume, overwrite=config.overwrite)
+    writes = processes.is_first()
+    log = record.Record(
+        folder, resume=config.resume, overwrite=config.overwrite, writes=writes
+    )
     dataset = data.load(
         config.data,
         tokenizer=log.tokenizer or config.tokenizer,
@@ -146,11 +204,8 @@ def train(config: Config) -> dict[str, Any]:
         folder=config.data_dir,
         shards=config.shards,
     )
-    if folder and dataset.tokenizer:
+    if folder and writes and dataset.tokenizer:
         dataset.tokenizer.save(folder / "tokenizer.json")
-
-    def on_devices(rows: np.ndarray, batches: int) -> jax.Array:  # (N, T + 1)
-        return jax.device_put(rows.reshape(batches, -1, config.context + 1), spread)
 
     def train_windows(step: int) -> jax.Array:
         rows = dataset.train.batch(config.seed, step, config.batch_size, config.context)
@@ -159,26 +214,22 @@ def train(config: Config) -> dict[str, Any]:
                 f"token {rows.max()} in {config.data}, whose vocabulary is "
                 f"{dataset.vocab_size}: were the shards made by another tokenizer?"
             )
-        return on_devices(rows, config.accumulate)
+        rows = rows.reshape(config.accumulate, micro_batch, -1)
+        return sharding.place_batch(rows, mesh)
 
     val_rows = dataset.val.fixed(config.val_windows, config.context)
     if len(val_rows) < micro_batch:
         raise ValueError(f"{len(val_rows)} validation windows fill no micro-batch")
     val_batches = len(val_rows) // micro_batch
-    val_windows = on_devices(val_rows[: val_batches * micro_batch], val_batches)
+    val_rows = val_rows[: val_batches * micro_batch].reshape(
+        val_batches, micro_batch, -1
+    )
+    val_windows = [sharding.place_batch(rows, mesh) for rows in val_rows]
 
     # Model, optimizer, and what they were at the last checkpoint
-    sizes = (dataset.vocab_size, config.layers, config.width, config.head_dim)
-
-    @nnx.jit
-    def make_model() -> model.GPT:
-        return model.GPT(*sizes, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(config.seed))
-
-    graph, params = nnx.split(make_model())
-    table = om.describe(params)
-    parameters = check_ownership(table, params)
-    optimizer = make_optimizer(config)
-    state = jax.device_put(State(params, jax.jit(optimizer.init)(params)), everywhere)
+    graph, optimizer, state = initial(config, dataset.vocab_size, mesh)
+    table = om.describe(state.params)
+    parameters = check_ownership(table, state.params)
     wanted = config.checkpoint_every or config.resume
     keep = folder / "checkpoints" if folder and wanted else None
     saved = checkpoint.Checkpoints(keep)
@@ -194,7 +245,7 @@ def train(config: Config) -> dict[str, Any]:
     # What this run is, before anything happens
     about = {
         "parameters": parameters,
-        "compute_dtype": dtype,
+        "compute_dtype": configs.compute_dtype(config),
         "tokens": {"train": len(dataset.train), "val": len(dataset.val)},
         "data_sha256": dataset.sha256,
         **record.environment(),
@@ -209,8 +260,10 @@ def train(config: Config) -> dict[str, Any]:
 
     # Compiled first, so that the clock below measures steps
     begin = time.perf_counter()
-    step_fn = make_step(graph, optimizer).lower(state, train_windows(start)).compile()
-    eval_fn = jax.jit(lambda params, windows: loss_fn(params, graph, windows))
+    step_fn = make_step(graph, optimizer, mesh, like=state)
+    step_fn = step_fn.lower(state, train_windows(start)).compile()
+    on_mesh = sharding.spread(loss_fn, mesh)
+    eval_fn = jax.jit(lambda params, windows: on_mesh(params, graph, windows))
     compile_seconds = time.perf_counter() - begin
 
     rate = schedule(config.lr, config)
@@ -220,16 +273,17 @@ def train(config: Config) -> dict[str, Any]:
     with (
         saved,
         checkpoint.Interruption() as interruption,
-        tqdm(total=config.steps, initial=start, disable=config.quiet) as bar,
+        tqdm(total=config.steps, initial=start, disable=quiet) as bar,
     ):
         for done in range(start + 1, config.steps + 1):
             state, loss = step_fn(state, train_windows(done - 1))
             bar.update()
-            stopped = interruption.signal
-            end = done == config.steps
+            end, report = done == config.steps, done % config.log_every == 0
+            if report or jax.process_count() == 1:
+                stopped = processes.agreed(interruption.signal)
             validate = end or done % config.val_every == 0
             save = stopped or end or saved.due(done, config.checkpoint_every)
-            if not (validate or save or done % config.log_every == 0):
+            if not (validate or save or report):
                 continue
 
             value = float(loss)  # waits for the device
@@ -266,9 +320,10 @@ def train(config: Config) -> dict[str, Any]:
         return {"stopped": stopped.name, "step": done, "records": log.records}
 
     # A sample, the result, and a plot
-    if config.sample and dataset.tokenizer:
+    weights = sharding.fetch(state.params, mesh)
+    if config.sample and dataset.tokenizer and writes:
         prompt = jnp.asarray(dataset.tokenizer.encode(config.prompt.encode()))
-        gpt, key = nnx.merge(graph, state.params), jax.random.key(config.seed)
+        gpt, key = nnx.merge(graph, weights), jax.random.key(config.seed)
         how = (config.sample, config.context, config.temperature, key)
         tokens = model.generate(gpt, prompt, *how)
         text = dataset.tokenizer.decode(tokens.tolist())
@@ -281,12 +336,12 @@ def train(config: Config) -> dict[str, Any]:
         "seconds": seconds,
         "compile_seconds": compile_seconds,
         "tokens_per_second": round(speed),
-        "weights_sha256": record.digest(state.params),
+        "weights_sha256": record.digest(weights),
         "data_sha256": dataset.sha256,
         "python": about["python"],
     }
     log.add("final", **result)
-    if folder:
+    if folder and writes:
         plot.plot([folder, *config.compare], folder / "loss.png")
     say(
         f"{config.optimizer}, lr {config.lr}, seed {config.seed}: validation loss "
@@ -297,7 +352,10 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def main() -> None:
-    result = train(configs.from_command_line())
+    # Before the processes meet: then none finds the folder that another has made.
+    config = configs.from_command_line()
+    with processes.joined(config):
+        result = train(config)
     if result["stopped"]:
         sys.exit(128 + signal.Signals[result["stopped"]])
 

@@ -162,7 +162,7 @@ def _inverse_factor(a: Array, precision: Precision) -> Array:
     """
     h = _half(a.shape[-1])
     if not h:
-        lower = jnp.linalg.cholesky(a)
+        lower = lax_linalg.cholesky(a, symmetrize_input=False)
         eye = numerics.eye_like(a)
         return lax_linalg.triangular_solve(lower, eye, left_side=True, lower=True)
 
@@ -170,10 +170,10 @@ def _inverse_factor(a: Array, precision: Precision) -> Array:
         return jnp.matmul(x, y, precision=precision)
 
     w1 = _inverse_factor(a[..., :h, :h], precision)
-    l21 = product(a[..., h:, :h], numerics.transpose(w1))
-    rest = a[..., h:, h:] - product(l21, numerics.transpose(l21))
+    minus_l21 = product(-a[..., h:, :h], numerics.transpose(w1))
+    rest = a[..., h:, h:] - product(minus_l21, numerics.transpose(minus_l21))
     w2 = _inverse_factor(rest, precision)
-    w21 = -product(w2, product(l21, w1))
+    w21 = product(w2, product(minus_l21, w1))
     return _blocks(w1, jnp.zeros_like(numerics.transpose(w21)), w21, w2)
 
 

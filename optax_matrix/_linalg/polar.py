@@ -56,6 +56,10 @@ class PartwiseMethod(PolarMethod, Protocol):
         """Returns the FLOPs of one m×n matrix, or of one of its parts."""
         ...
 
+    def sums(self, m: int, n: int, parts: int) -> int:
+        """Returns how many Gram matrices are summed over the parts of one matrix."""
+        ...
+
 
 @dataclass(frozen=True)
 class NewtonSchulz:
@@ -131,18 +135,19 @@ class NewtonSchulz:
 
     def flops(self, m: int, n: int, parts: int = 1) -> int:
         """FLOPs of one m×n matrix or of a part of it; see `newton_schulz_flops`."""
-        rows = self.rows
-        restarts = gram_restarts(
-            m,
-            n,
-            rows,
-            self.method,
-            numerics.as_dtype(self.dtype, _MULTIPLIABLE) or jnp.dtype("float32"),
-            numerics.as_precision(self.precision),
-            parts,
-        )
-        count = None if restarts is None else len(restarts)
-        return newton_schulz_flops(m, n, len(rows), count, parts)
+        restarts = self._restarts(m, n, parts)
+        return newton_schulz_flops(m, n, len(self.rows), restarts, parts)
+
+    def sums(self, m: int, n: int, parts: int) -> int:
+        """How many Gram matrices a run forms: one a step, or one a block."""
+        restarts = self._restarts(m, n, parts)
+        return len(self.rows) if restarts is None else restarts + 1
+
+    def _restarts(self, m: int, n: int, parts: int) -> int | None:
+        dtype = numerics.as_dtype(self.dtype, _MULTIPLIABLE) or jnp.dtype("float32")
+        precision = numerics.as_precision(self.precision)
+        points = gram_restarts(m, n, self.rows, self.method, dtype, precision, parts)
+        return None if points is None else len(points)
 
 
 @dataclass(frozen=True)
@@ -204,6 +209,11 @@ class Halley:
     def flops(self, m: int, n: int, parts: int = 1) -> int:
         """FLOPs of one m×n matrix or of a part of it; see `halley_flops`."""
         return halley_flops(m, n, self.steps, parts)
+
+    def sums(self, m: int, n: int, parts: int) -> int:
+        """How many Gram matrices a run forms: one a step."""
+        del m, n, parts
+        return self.steps
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from jax import Array
 from optax_matrix import _check, _linalg, _mesh, _paths
 from optax_matrix._layout import MatrixView
 from optax_matrix._placement import exchange
+from optax_matrix._placement.cost import PlacementDescription, group_cost
 from optax_matrix._placement.plan import Leaf, Plan, make_plan
 
-__all__ = ["Leaf", "Placement", "Plan", "make_plan", "polar"]
+__all__ = ["Placement", "PlacementDescription", "describe", "polar"]
 
 
 def _sharding(leaf: Any) -> Any:
@@ -99,21 +100,46 @@ def polar(
       Leaves like `leaves`, sharded alike.
     """
     results: list[Array] = list(leaves)
-    by_mesh: dict[Any, list[int]] = {}
-    for i, sharding in enumerate(shardings):
-        by_mesh.setdefault(sharding.mesh if sharding else None, []).append(i)
-    for indices in by_mesh.values():
-        plan = make_plan(
-            [Leaf(views[i], shardings[i], leaves[i].dtype.name) for i in indices],
-            method,
-            stack_size,
-        )
+    for plan, indices in _plans(method, views, leaves, shardings, stack_size):
         given = [leaves[i] for i in indices]
         if plan.mesh is None:
             given = [_mesh.gathered(leaf) for leaf in given]
         for i, done in zip(indices, _run(plan, method, *given), strict=True):
             results[i] = _mesh.like(done, leaves[i]) if plan.mesh is None else done
     return results
+
+
+def describe(
+    method: _linalg.PartwiseMethod,
+    views: Sequence[MatrixView],
+    leaves: Sequence[Any],
+    shardings: Sequence[jax.NamedSharding | None],
+    stack_size: int | None = None,
+) -> PlacementDescription:
+    """What `polar` costs each device; leaves may be descriptions of arrays."""
+    plans = _plans(method, views, leaves, shardings, stack_size)
+    costs = [
+        group_cost(plan, group, method) for plan, _ in plans for group in plan.groups
+    ]
+    return PlacementDescription(tuple(costs))
+
+
+def _plans(
+    method: _linalg.PolarMethod,
+    views: Sequence[MatrixView],
+    leaves: Sequence[Any],
+    shardings: Sequence[jax.NamedSharding | None],
+    stack_size: int | None,
+) -> list[tuple[Plan, list[int]]]:
+    """A plan for the leaves of each mesh, and which they are."""
+    by_mesh: dict[Any, list[int]] = {}
+    for i, sharding in enumerate(shardings):
+        by_mesh.setdefault(sharding.mesh if sharding else None, []).append(i)
+    plans = []
+    for indices in by_mesh.values():
+        parts = [Leaf(views[i], shardings[i], leaves[i].dtype.name) for i in indices]
+        plans.append((make_plan(parts, method, stack_size), indices))
+    return plans
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -234,7 +234,7 @@ def _bring(group: Group, units: Sequence[Array]) -> list[Array]:
     by_slot = []
     for batch, x in zip(group.batches, units, strict=True):
         slots = batch.slots(w)
-        before, after = batch.offset, slots * w - batch.offset - batch.count
+        before, after = batch.first, slots * w - batch.first - batch.count
         x = jnp.pad(x, [(before, after)] + [(0, 0)] * (x.ndim - 1))
         by_slot.append(jnp.reshape(x, (slots, w, *x.shape[1:])))
 
@@ -326,8 +326,8 @@ def _return(group: Group, whole: Sequence[Array]) -> list[Array]:
     for batch, x in zip(group.batches, received, strict=True):
         by_slot = jnp.swapaxes(x, 0, 1)  # (slots, owners, entries)
         units = jnp.reshape(by_slot, (-1, *_unit(batch).sizes))
-        end = batch.offset + batch.count
-        results.append(lax.slice_in_dim(units, batch.offset, end))
+        end = batch.first + batch.count
+        results.append(lax.slice_in_dim(units, batch.first, end))
     return results
 
 

@@ -88,13 +88,13 @@ class Batch:
       kind: How they lie.
       sources: Where they come from.
       parts: In how many parts each is handed out.
-      offset: How many parts of matrices of the same shape were handed out before.
+      first: The device that gets the first, the one after the last batch's last.
     """
 
     kind: Kind
     sources: tuple[Source, ...]
     parts: int
-    offset: int
+    first: int
 
     @property
     def count(self) -> int:
@@ -103,7 +103,7 @@ class Batch:
 
     def slots(self, devices: int) -> int:
         """How many a device gets at most, empty ones at the ends included."""
-        return -(-(self.offset + self.count) // devices)
+        return -(-(self.first + self.count) // devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Group:
         w = self.devices
         real = [
             [
-                0 <= slot * w + device - batch.offset < batch.count
+                0 <= slot * w + device - batch.first < batch.count
                 for batch in batches
                 for slot in range(batch.slots(w))
             ]
@@ -334,7 +334,7 @@ def _rounds(
     itemsize = jnp.dtype(key.dtype).itemsize
     at_once = stack_size or rules.stack_size(*key.shape)
     if w == 1:
-        batches = _batches(sources, 1)
+        batches = _batches(sources, 1, w)
         yield Group(key.axes, sizes, batches, key.turned, at_once)
         return
     held = stack_size or rules.exchange_size(*key.shape, itemsize)
@@ -350,8 +350,8 @@ def _rounds(
     # Parts go with the last round of wholes, in the same exchange.
     last = rounds.pop() if rounds else []
     for cut in rounds:
-        yield Group(key.axes, sizes, _batches(cut, 1), key.turned, at_once)
-    batches = (*_batches(last, 1), *_batches(rest, split))
+        yield Group(key.axes, sizes, _batches(cut, 1, w), key.turned, at_once)
+    batches = (*_batches(last, 1, w), *_batches(rest, split, w))
     yield Group(key.axes, sizes, batches, key.turned, at_once)
 
 
@@ -374,10 +374,13 @@ def _cut(
     return cuts
 
 
-def _batches(sources: list[tuple[Kind, Source]], parts: int) -> tuple[Batch, ...]:
-    batches, offset = [], 0
+def _batches(
+    sources: list[tuple[Kind, Source]], parts: int, devices: int
+) -> tuple[Batch, ...]:
+    """Batches by kind, each starting where the one before ended."""
+    batches, first = [], 0
     for kind, same in itertools.groupby(sources, key=lambda pair: pair[0]):
-        batch = Batch(kind, tuple(source for _, source in same), parts, offset)
+        batch = Batch(kind, tuple(source for _, source in same), parts, first)
         batches.append(batch)
-        offset += batch.count
+        first = (first + batch.count) % devices
     return tuple(batches)

@@ -1,0 +1,183 @@
+"""What a plan costs every device: FLOPs, exchanges and bytes, by formula."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from optax_matrix import _linalg
+from optax_matrix._placement.plan import Batch, Group, Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupCost:
+    """What orthogonalizing the matrices of one group costs each device.
+
+    Attributes:
+      shape: (inputs, outputs) of a matrix, the smaller side first where tall and wide
+        ones are worked on together.
+      matrices: How many there are, over all of the mesh.
+      devices: How many devices share them; with experts or layers sharded over other
+        axes, each of those slices has as many of its own.
+      per_device: How many whole matrices the busiest device works on.
+      parts: In how many parts those left over are cut, of which it has one; 1 if none
+        are cut.
+      flops: Of the busiest device.
+      even_flops: Of all matrices, over all devices.
+      exchanges: How many there are: in and out, out alone, or none.
+      exchanged_bytes: What a device receives in them.
+      least_bytes: What it must receive for each matrix to be in one place once, and
+        each device to have the result for what it holds.
+      sums: How many Gram matrices are summed over devices, one after another.
+      summed_bytes: What a device receives for that, sums running around a ring.
+    """
+
+    shape: tuple[int, int]
+    matrices: int
+    devices: int
+    per_device: int
+    parts: int
+    flops: float
+    even_flops: float
+    exchanges: int
+    exchanged_bytes: int
+    least_bytes: float
+    sums: int
+    summed_bytes: int
+
+
+def group_cost(plan: Plan, group: Group, method: _linalg.PartwiseMethod) -> GroupCost:
+    """The formulas; docs/sharding.md derives them."""
+    w = group.devices
+    copies = math.prod(plan.mesh.shape.values()) // w if plan.mesh is not None else 1
+    here = sum(
+        batch.count // batch.parts * batch.kind.blocks for batch in group.batches
+    )
+    one = group.batches[0].kind
+    blocks = [
+        (min(m, n), max(m, n)) if group.turned else (m, n)
+        for m in one.input_widths
+        for n in one.output_widths
+    ]
+    flops, per_device, sums, summed = 0, 0, 0, 0
+    for parts, batches in group.by_parts().items():
+        slots = _busiest(group, batches)
+        flops += slots * sum(method.flops(m, n, parts) for m, n in blocks)
+        if parts == 1:
+            per_device = slots * len(blocks)
+        else:
+            (m, n) = blocks[0]
+            sums = method.sums(m, n, parts)
+            gram = m * m * jnp.dtype(jnp.promote_types(one.dtype, "float32")).itemsize
+            # A sum around a ring passes everything twice, but for each one's own part.
+            summed = slots * sums * 2 * gram * (parts - 1) // parts
+    even = here // len(blocks) * sum(method.flops(m, n) for m, n in blocks) / w
+    exchanged, least = _bytes(group)
+    return GroupCost(
+        shape=blocks[0] if len(blocks) == 1 else one.shape,
+        matrices=here * copies,
+        devices=w,
+        per_device=per_device,
+        parts=max(batch.parts for batch in group.batches),
+        flops=flops,
+        even_flops=even,
+        exchanges=(2 if group.exchanged else 1) if w > 1 else 0,
+        exchanged_bytes=exchanged,
+        least_bytes=least,
+        sums=sums,
+        summed_bytes=summed,
+    )
+
+
+def _busiest(group: Group, batches: list[Batch]) -> int:
+    """How many slots of the busiest device hold something."""
+    table = group.table(batches)
+    every = sum(batch.slots(group.devices) for batch in batches)
+    return every if table is None else table.shape[1]
+
+
+def _bytes(group: Group) -> tuple[int, float]:
+    """What a device receives, and the least that it could."""
+    w = group.devices
+    if w == 1:
+        return 0, 0.0
+    received, least = 0, 0.0
+    for batch in group.batches:
+        kind = batch.kind.in_parts(batch.parts)[0] if batch.parts > 1 else batch.kind
+        itemsize = jnp.dtype(kind.dtype).itemsize
+        piece = math.prod(kind.sizes)
+        slots = batch.slots(w)
+        if kind.pieces > 1:
+            received += slots * (w - 1) * -(-piece // (w // kind.pieces)) * itemsize
+        received += slots * (w - 1) * piece * itemsize
+        # In: what its matrices have elsewhere. Out: its piece of all but its own.
+        inward = batch.count / w * piece * (kind.pieces - 1)
+        outward = batch.count * piece * (w - 1) / w
+        least += (inward + outward) * itemsize
+    return received, least
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacementDescription:
+    """What orthogonalization costs each device, a row per group; `str` is a table."""
+
+    groups: tuple[GroupCost, ...]
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Sums over groups, and how the busiest device compares with an even split."""
+        names = ("flops", "even_flops", "exchanges", "exchanged_bytes", "least_bytes")
+        names += ("sums", "summed_bytes")
+        totals = {n: sum(getattr(group, n) for group in self.groups) for n in names}
+        even = totals["even_flops"]
+        return totals | {"flops_over_even": totals["flops"] / even if even else 1.0}
+
+    def __str__(self) -> str:
+        """Returns the table, totals last."""
+        header = (
+            *("matrices", "shape", "devices", "a device", "GFLOP", "/ even"),
+            *("exchanges", "MiB", "least", "sums", "MiB summed"),
+        )
+        rows = [_cells(group) for group in self.groups]
+        total = self.totals
+        rows.append(
+            (
+                *("total", "", "", "", f"{total['flops'] / 1e9:.3g}"),
+                f"{total['flops_over_even']:.2f}",
+                f"{total['exchanges']:.0f}",
+                f"{total['exchanged_bytes'] / 2**20:.3g}",
+                f"{total['least_bytes'] / 2**20:.3g}",
+                f"{total['sums']:.0f}",
+                f"{total['summed_bytes'] / 2**20:.3g}",
+            )
+        )
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True))
+            for row in (header, *rows)
+        ]
+        rule = "-" * len(lines[0])
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def _cells(group: GroupCost) -> tuple[str, ...]:
+    m, n = group.shape
+    return (
+        f"{group.matrices:,}",
+        f"{m} \N{MULTIPLICATION SIGN} {n}",
+        f"{group.devices}",
+        _share(group),
+        f"{group.flops / 1e9:.3g}",
+        f"{group.flops / group.even_flops:.2f}",
+        f"{group.exchanges}",
+        f"{group.exchanged_bytes / 2**20:.3g}",
+        f"{group.least_bytes / 2**20:.3g}",
+        f"{group.sums}",
+        f"{group.summed_bytes / 2**20:.3g}",
+    )
+
+
+def _share(group: GroupCost) -> str:
+    part = f"1/{group.parts}" if group.parts > 1 else ""
+    whole = str(group.per_device) if group.per_device or not part else ""
+    return " + ".join(filter(None, (whole, part)))
