@@ -30,8 +30,8 @@ def parse(text: str, devices: int) -> dict[str, int]:
         name, _, size = part.strip().partition("=")
         if name not in AXES or name in sizes or not size.isdecimal() or size == "0":
             raise ValueError(
-                f"`mesh` must be sizes of {', '.join(AXES)}, each at most once, like "
-                f"data=2,fsdp=4; got {part.strip()!r} in {text!r}"
+                f"`mesh` must be sizes of {', '.join(AXES)}, each at most once, such "
+                f"as data=2,fsdp=4; got {part.strip()!r} in {text!r}"
             )
         sizes[name] = int(size)
     product = math.prod(sizes.values())

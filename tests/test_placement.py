@@ -1,0 +1,370 @@
+"""Spread over a mesh: equal to one device, in few exchanges, evenly, as predicted."""
+
+import collections
+import os
+import pathlib
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_matrix as om
+from benchmarks import hlo
+from tests import problems
+
+NS = om.NewtonSchulz(steps=2)
+ONE = ((8,), ("x",))
+TWO = ((2, 4), ("d", "f"))
+
+
+def many(count, shape, spec):
+    return {f"w{i}": (shape, spec) for i in range(count)}
+
+
+def gpt(layers):
+    """q, k, v, o, up and down as they lie under FSDP and tensor parallelism."""
+    tree = {}
+    for i in range(layers):
+        tree |= {f"{n}{i}": ((16, 16), P("d", "f")) for n in "qkv"}
+        tree[f"o{i}"] = (16, 16), P("f", "d")
+        tree[f"up{i}"] = (16, 64), P("d", "f")
+        tree[f"down{i}"] = (64, 16), P("f", "d")
+    return tree
+
+
+EIGHT_WAYS = [
+    *(P(), P("d"), P("f"), P(None, "f"), P("d", "f"), P(("d", "f"))),
+    *(P(None, ("d", "f")), P("f", "d")),
+]
+SPLIT = om.MatrixLayout(split_outputs=(16, 8, 8))
+HEADS, OUT = om.MatrixLayout(0, (1, 2)), om.MatrixLayout((0, 1), 2)
+
+# name: mesh, leaves, exchanges by kind, FLOPs of the busiest device over an even split
+CASES = {
+    "inputs": (ONE, many(8, (16, 64), P("x", None)), {"all-to-all": 2}, 1),
+    "outputs": (ONE, many(8, (16, 64), P(None, "x")), {"all-to-all": 2}, 1),
+    "replicated": (ONE, many(8, (16, 64), P()), {"all-gather": 1}, 1),
+    "both sides": (TWO, many(16, (16, 64), P("d", "f")), {"all-to-all": 2}, 1),
+    "one axis of two": (TWO, many(8, (16, 64), P("f")), {"all-to-all": 2}, 1),
+    "layers": (ONE, {"w": ((8, 16, 64), P("x"))}, {}, 1),
+    "stacked": (ONE, {"w": ((8, 16, 64), P(None, "x"))}, {"all-to-all": 2}, 1),
+    "experts": (TWO, {"w": ((8, 16, 64), P("d", "f"))}, {"all-to-all": 2}, 1),
+    "experts alone": (TWO, {"w": ((8, 16, 64), P("d"))}, {"all-gather": 1}, 1),
+    "a transformer": (TWO, gpt(4), {"all-to-all": 4}, 1),
+    "a mix": (
+        TWO,
+        {f"w{i}": ((16, 64), spec) for i, spec in enumerate(EIGHT_WAYS)},
+        {"all-to-all": 2},
+        1,
+    ),
+    "mixed counts": (
+        TWO,
+        many(5, (16, 64), P("d", "f")) | {"t": ((3, 64, 16), P(None, "f"))},
+        {"all-to-all": 2},
+        1,
+    ),
+    # A sum of each Gram matrix, and one maximum. Every part repeats the small products,
+    # so that this is not even: whole matrices would be 1.33, 2.67, 2 and 8.
+    "more than devices": (
+        ONE,
+        many(12, (16, 64), P("x")),
+        {"all-to-all": 2, "all-reduce": 2},
+        1.13,
+    ),
+    "fewer than devices": (
+        ONE,
+        many(3, (16, 66), P("x")),
+        {"all-to-all": 2, "all-reduce": 2},
+        1.84,
+    ),
+    "few and replicated": (
+        ONE,
+        many(4, (66, 16), P()),
+        {"all-gather": 1, "all-reduce": 2},
+        1.38,
+    ),
+    "one matrix": (
+        TWO,
+        many(1, (64, 16), P("f", "d")),
+        {"all-to-all": 2, "all-reduce": 3},
+        2.47,
+    ),
+}
+
+
+def arrays(leaves):
+    return {k: problems.normal(s, i) for i, (k, (s, _)) in enumerate(leaves.items())}
+
+
+def placed(leaves, mesh):
+    return {k: NamedSharding(mesh, spec) for k, (_, spec) in leaves.items()}
+
+
+def compiled(tx, tree):
+    return jax.jit(tx.update).lower(tree, tx.init(tree), tree).compile()
+
+
+def on_mesh(leaves, shape, names, kind, method=NS, layout=None, devices=None):
+    """The compiled update, its results, and the shardings it began with."""
+    mesh = jax.make_mesh(shape, names, (kind,) * len(names), devices=devices)
+    shardings = placed(leaves, mesh)
+    tree = jax.device_put(arrays(leaves), shardings)
+    told = om.Placement(tree) if kind is AxisType.Auto else None
+    tx = om.orthogonalize(method, layout=layout, placement=told)
+    with jax.set_mesh(mesh):
+        program = compiled(tx, tree)
+        return program, program(tree, tx.init(tree), tree)[0], shardings
+
+
+def on_one(leaves, method=NS, layout=None):
+    tree, tx = arrays(leaves), om.orthogonalize(method, layout=layout)
+    program = compiled(tx, tree)
+    return program, program(tree, tx.init(tree), tree)[0]
+
+
+def exchanges(text):
+    counts = collections.Counter()
+    for collective in hlo.collectives(text):
+        counts[collective.kind] += collective.count
+    return dict(counts)
+
+
+def described(leaves, mesh, method=NS):
+    """The prediction, made without devices."""
+    abstract = jax.sharding.AbstractMesh(*mesh)
+    params = {
+        k: jax.ShapeDtypeStruct(s, "float32", sharding=NamedSharding(abstract, spec))
+        for k, (s, spec) in leaves.items()
+    }
+    return om.describe_placement(params, method, routing=lambda path, leaf: True)
+
+
+AUTO = ["replicated", "a transformer", "a mix", "one matrix", "experts"]
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        *((name, AxisType.Explicit) for name in CASES),
+        *((name, AxisType.Auto) for name in AUTO),
+    ],
+)
+def test_equal_to_one_device_in_few_exchanges(name, kind):
+    mesh, leaves, wanted, bound = CASES[name]
+    single, want = on_one(leaves)
+    program, got, shardings = on_mesh(leaves, *mesh, kind)
+    chex.assert_trees_all_close(got, want, atol=2e-6)
+    for key, leaf in got.items():
+        assert leaf.sharding.is_equivalent_to(shardings[key], leaf.ndim), key
+    text = program.as_text()
+    assert exchanges(text) == wanted
+    even = hlo.dot_flops(single.as_text()) / 8
+    assert hlo.dot_flops(text) <= bound * even * 1.005
+    # The formulas of `describe_placement` are the compiled program's numbers.
+    total = described(leaves, mesh).totals
+    assert hlo.dot_flops(text) == total["flops"]
+    assert even == total["even_flops"]
+    moved = collections.Counter()
+    for collective in hlo.collectives(text):
+        moved[collective.kind == "all-reduce"] += collective.bytes
+    assert moved[False] == total["exchanged_bytes"] >= total["least_bytes"]
+    assert total["exchanges"] == sum(n for k, n in wanted.items() if k != "all-reduce")
+    # Besides Gram matrices only one number is summed, and rounding up to whole bytes.
+    assert 0 <= moved[True] - total["summed_bytes"] <= 16
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_fused_and_per_head_leaves(kind):
+    layout = {"qkv": SPLIT, "heads": HEADS, "out": OUT, "across": SPLIT}
+    leaves = {
+        "qkv": ((16, 32), P("d", None)),
+        # The blocks end between shards: the owner cuts.
+        "across": ((16, 32), P(None, "f")),
+        "heads": ((16, 4, 8), P("d", "f")),
+        "out": ((4, 8, 16), P(None, "f")),
+    }
+    _, want = on_one(leaves, layout=layout)
+    program, got, shardings = on_mesh(leaves, *TWO, kind, layout=layout)
+    chex.assert_trees_all_close(got, want, atol=2e-6)
+    for key, leaf in got.items():
+        assert leaf.sharding.is_equivalent_to(shardings[key], leaf.ndim), key
+    # Heads and out are 16 × 32 both; so is across, but cut by its owner.
+    shapes = 4  # 16 × 16 and 16 × 8 of qkv, heads with out, across
+    assert exchanges(program.as_text())["all-to-all"] == 2 * shapes
+
+
+@pytest.mark.parametrize("method", [om.Halley(lower_bound=0.1), om.Exact(), NS])
+def test_every_method_and_nan_in_parts(method):
+    leaves = many(3, (8, 32), P("x", None)) | {"square": ((8, 8), P(None, "x"))}
+    tree = arrays(leaves)
+    tree["w1"] = tree["w1"].at[2, 3].set(jnp.nan)
+    tree["w2"] = jnp.zeros_like(tree["w2"])
+    tx = om.orthogonalize(method)
+    want, _ = jax.jit(tx.update)(tree, tx.init(tree))
+    mesh = jax.make_mesh(*ONE, (AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(tree, placed(leaves, mesh))
+        got, _ = jax.jit(tx.update)(sharded, tx.init(sharded))
+    assert jnp.isnan(got["w1"]).all() and jnp.isnan(want["w1"]).all()
+    assert not jnp.asarray(got["w2"]).any()
+    chex.assert_trees_all_close(
+        got | {"w1": None}, want | {"w1": None}, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_the_scale_survives_in_parts():
+    leaves = many(2, (8, 32), P(None, "x"))
+    mesh = jax.make_mesh(*ONE, (AxisType.Explicit,))
+    tx = om.orthogonalize()
+    tree = arrays(leaves)
+    want, _ = jax.jit(tx.update)(tree, tx.init(tree))
+    for scale in (1e-30, 1e30):
+        scaled = jax.tree.map(lambda x, s=scale: x * s, tree)
+        with jax.set_mesh(mesh):
+            got, _ = jax.jit(tx.update)(
+                jax.device_put(scaled, placed(leaves, mesh)), optax.EmptyState()
+            )
+        chex.assert_trees_all_close(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("set_mesh", [True, False])
+def test_auto_axes_without_being_told(set_mesh):
+    leaves = many(8, (16, 64), P("x", None)) | {"r": ((16, 64), P())}
+    _, want = on_one(leaves)
+    mesh = jax.make_mesh(*ONE, (AxisType.Auto,))
+    tree = jax.device_put(arrays(leaves), placed(leaves, mesh))
+    tx = om.orthogonalize(NS)
+    if set_mesh:
+        with jax.set_mesh(mesh):
+            program = compiled(tx, tree)
+            # Taken for replicated: 8 leaves are gathered, and then all results.
+            assert exchanges(program.as_text())["all-gather"] == 9
+    else:
+        program = compiled(tx, tree)
+    chex.assert_trees_all_close(
+        program(tree, optax.EmptyState(), tree)[0], want, atol=2e-6
+    )
+
+
+def test_eager_updates_see_the_arrays():
+    leaves = many(8, (16, 64), P("x", None))
+    _, want = on_one(leaves)
+    mesh = jax.make_mesh(*ONE, (AxisType.Auto,))
+    tree = jax.device_put(arrays(leaves), placed(leaves, mesh))
+    tx = om.orthogonalize(NS)
+    got, _ = tx.update(tree, tx.init(tree))
+    chex.assert_trees_all_close(got, want, atol=2e-6)
+    assert got["w0"].sharding.is_equivalent_to(tree["w0"].sharding, 2)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_a_capped_group_goes_in_rounds(kind):
+    leaves = many(24, (16, 64), P("x", None))
+    _, want = on_one(leaves)
+    mesh = jax.make_mesh(*ONE, (kind,))
+    tree = jax.device_put(arrays(leaves), placed(leaves, mesh))
+    memory = {}
+    for stack_size in (1, 3):
+        tx = om.orthogonalize(NS, placement=om.Placement(tree, stack_size))
+        with jax.set_mesh(mesh):
+            program = compiled(tx, tree)
+        got, _ = program(tree, optax.EmptyState(), tree)
+        chex.assert_trees_all_close(got, want, atol=2e-6)
+        assert exchanges(program.as_text()) == {"all-to-all": 2 * 3 // stack_size}
+        memory[stack_size] = program.memory_analysis().temp_size_in_bytes
+    assert memory[1] < memory[3]
+
+
+def test_inside_a_users_shard_map_nothing_is_spread():
+    leaves = many(2, (16, 64), P())
+    _, want = on_one(leaves)
+    mesh = jax.make_mesh(*ONE, (AxisType.Explicit,))
+    tx = om.orthogonalize(NS)
+
+    def body(tree):
+        return tx.update(tree, tx.init(tree))[0]
+
+    with jax.set_mesh(mesh):
+        mapped = jax.jit(jax.shard_map(body, in_specs=P(), out_specs=P()))
+        chex.assert_trees_all_close(mapped(arrays(leaves)), want, atol=2e-6)
+
+
+MANY = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 256)
+from jax.sharding import AxisType, PartitionSpec as P
+from benchmarks import hlo
+from tests import test_placement as t
+for n, f, kind in ((8, 8, AxisType.Explicit), (16, 16, AxisType.Auto)):
+    mesh = (n, f), ("d", "f")
+    leaves = {"w": ((2 * n * f, n, 4 * f), P(None, "d", "f"))}
+    tree = t.described_leaves(leaves, jax.make_mesh(*mesh, (kind,) * 2))
+    text = t.abstractly_compiled(leaves, tree, kind)
+    total = t.described(leaves, mesh).totals
+    moved = sum(c.bytes for c in hlo.collectives(text))
+    assert t.exchanges(text) == {"all-to-all": 2}, t.exchanges(text)
+    assert hlo.dot_flops(text) == total["flops"] == total["even_flops"]
+    assert moved == total["exchanged_bytes"] == total["least_bytes"]
+    print(n * f)
+"""
+
+
+def described_leaves(leaves, mesh):
+    return {
+        k: jax.ShapeDtypeStruct(s, "float32", sharding=NamedSharding(mesh, spec))
+        for k, (s, spec) in leaves.items()
+    }
+
+
+def abstractly_compiled(leaves, tree, kind):
+    told = om.Placement(tree) if kind is AxisType.Auto else None
+    tx = om.orthogonalize(NS, placement=told)
+    update = jax.jit(lambda tree: tx.update(tree, optax.EmptyState())[0])
+    return update.lower(tree).compile().as_text()
+
+
+def test_64_and_256_devices_keep_the_bounds():
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    ran = subprocess.run(
+        [sys.executable, "-c", MANY],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        cwd=pathlib.Path(__file__).parents[1],
+    )
+    assert ran.stdout.split() == ["64", "256"], ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("devices", [16, 64, 256])
+def test_described_for_any_number_of_devices(devices):
+    leaves = {f"w{i}": ((devices, 4 * devices), P("x", None)) for i in range(devices)}
+    cost = described(leaves, ((devices,), ("x",)))
+    assert cost.totals["flops_over_even"] == 1
+    assert cost.totals["exchanges"] == 2
+    assert cost.totals["exchanged_bytes"] == cost.totals["least_bytes"]
+    assert str(devices) in str(cost)
+
+
+def test_bad_placements_say_what_is_wrong():
+    with pytest.raises(TypeError, match=r"'w'.*jax\.tree\.map"):
+        om.Placement({"w": P("x")})
+    with pytest.raises(ValueError, match="stack_size"):
+        om.Placement(stack_size=0)
+    with pytest.raises(TypeError, match="formula"):
+        om.describe_placement({"w": jnp.ones((2, 2))}, "exact", routing="matrix")
+    mesh = jax.sharding.AbstractMesh((8,), ("x",))
+    rows = NamedSharding(mesh, P("x", None))
+    tx = om.orthogonalize(placement=om.Placement({"odd": rows}))
+    odd = {"odd": jnp.ones((12, 8))}
+    with pytest.raises(ValueError, match=r"axis 0 into 8 at 'odd', shape \(12, 8\)"):
+        tx.update(odd, tx.init(odd))
+    with pytest.raises(ValueError, match="`sharding` has no entry for 'other'"):
+        tx.update(odd | {"other": jnp.ones((8, 8))}, optax.EmptyState())
