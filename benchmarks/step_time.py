@@ -125,8 +125,16 @@ def contenders(
     # The peer multiplies in the dtype of the leaves; ours would take float32.
     products = None if dtype == "float32" else dtype
 
-    def ours(method: om.NewtonSchulz | om.Halley, routing: Any) -> Any:
-        return om.muon(0.02, debias=True, orthogonalize=method, routing=routing)
+    def ours(
+        method: om.NewtonSchulz | om.Halley, routing: Any, stack_size: int | None = None
+    ) -> Any:
+        return om.muon(
+            0.02,
+            debias=True,
+            orthogonalize=method,
+            routing=routing,
+            placement=om.Placement(stack_size=stack_size),
+        )
 
     def every(path: str, leaf: Any) -> bool:
         return True
@@ -138,6 +146,10 @@ def contenders(
         "ours": Contender(ours(newton_schulz, every)),
         "ours, plain": Contender(ours(plain, every)),
         "ours, Halley": Contender(ours(om.Halley(), every)),
+        # What the cap on stacks does to time and to temporaries.
+        "ours, stacks of 1": Contender(ours(newton_schulz, every, 1)),
+        "ours, stacks of 4": Contender(ours(newton_schulz, every, 4)),
+        "ours, one stack": Contender(ours(newton_schulz, every, 10**6)),
     }
     left_out = {}
     if any(len(kernel.widths) > 1 for kernel in shapes.kernels):

@@ -114,6 +114,9 @@ def test_the_file_says_what_was_measured(written: tuple[dict[str, Any], Path]) -
         "ours",
         "ours, plain",
         "ours, Halley",
+        "ours, stacks of 1",
+        "ours, stacks of 4",
+        "ours, one stack",
         "ours, fused",
         "optax.adamw",
     ]

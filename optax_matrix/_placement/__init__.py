@@ -26,8 +26,8 @@ def _sharding(leaf: Any) -> Any:
 class Placement:
     """Where the matrices of a tree lie, and how many are worked on at once.
 
-    On a mesh with explicit axes, the default of `jax.make_mesh`, types say where leaves
-    lie, and no `Placement` is needed. On a mesh with auto axes it is invisible while
+    On a mesh with explicit axes, `jax.make_mesh`'s default since 0.9, types say where
+    leaves lie, and no `Placement` is needed. On a mesh with auto axes it is invisible while
     a function is traced: pass the parameters or their shardings here. Without, leaves
     are taken for replicated if a mesh is set (`jax.set_mesh`), so that sharded ones are
     gathered first, and else every product is left to the compiler.
