@@ -1,6 +1,7 @@
 """Spread over a mesh: equal to one device, in few exchanges, evenly, as predicted."""
 
 import collections
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -279,6 +280,36 @@ def test_a_capped_group_goes_in_rounds(kind):
         assert exchanges(program.as_text()) == {"all-to-all": 2 * 3 // stack_size}
         memory[stack_size] = program.memory_analysis().temp_size_in_bytes
     assert memory[1] < memory[3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Signs:
+    """A method of a user's own, which says nothing about its cost or symmetry."""
+
+    def polar(self, x):
+        return jnp.sign(x) + jax.lax.broadcasted_iota(x.dtype, x.shape, x.ndim - 1)
+
+
+def test_a_method_of_ones_own_gets_whole_matrices_as_they_are():
+    leaves = many(3, (16, 8), P("x", None)) | {"t": ((8, 16), P(None, "x"))}
+    _, want = on_one(leaves, Signs())
+    program, got, _ = on_mesh(leaves, *ONE, AxisType.Explicit, Signs())
+    chex.assert_trees_all_equal(got, want)
+    assert exchanges(program.as_text()) == {"all-to-all": 4}
+
+
+def test_vmap_over_an_ensemble_of_sharded_trees():
+    leaves = many(3, (16, 64), P("x", None))
+    _, want = on_one(leaves)
+    mesh = jax.make_mesh(*ONE, (AxisType.Explicit,))
+    tx = om.orthogonalize(NS)
+    with jax.set_mesh(mesh):
+        tree = jax.device_put(arrays(leaves), placed(leaves, mesh))
+        both = jax.tree.map(lambda x: jnp.stack([x, -x]), tree)
+        got = jax.jit(jax.vmap(lambda t: tx.update(t, optax.EmptyState())[0]))(both)
+    for sign, i in ((1, 0), (-1, 1)):
+        member = jax.tree.map(lambda x, i=i, s=sign: s * x[i], jax.device_get(got))
+        chex.assert_trees_all_close(member, jax.device_get(want), atol=2e-6)
 
 
 def test_inside_a_users_shard_map_nothing_is_spread():

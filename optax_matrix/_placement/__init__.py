@@ -10,7 +10,7 @@ from jax import Array
 
 from optax_matrix import _check, _linalg, _mesh, _paths
 from optax_matrix._layout import MatrixView
-from optax_matrix._placement import exchange
+from optax_matrix._placement import work
 from optax_matrix._placement.cost import PlacementDescription, group_cost
 from optax_matrix._placement.plan import Leaf, Plan, make_plan
 
@@ -26,11 +26,11 @@ def _sharding(leaf: Any) -> Any:
 class Placement:
     """Where the matrices of a tree lie, and how many are worked on at once.
 
-    On a mesh with explicit axes, `jax.make_mesh`'s default since 0.9, types say where
-    leaves lie, and no `Placement` is needed. On a mesh with auto axes it is invisible while
-    a function is traced: pass the parameters or their shardings here. Without, leaves
-    are taken for replicated if a mesh is set (`jax.set_mesh`), so that sharded ones are
-    gathered first, and else every product is left to the compiler.
+    On a mesh with explicit axes (the default of `jax.make_mesh` since JAX 0.9) types
+    say where leaves lie, and no `Placement` is needed. On a mesh with auto axes it is
+    invisible while a function is traced: pass the parameters or their shardings here.
+    Without, leaves are taken for replicated if a mesh is set (`jax.set_mesh`), so that
+    sharded ones are gathered first, and else every product is left to the compiler.
 
     Args:
       sharding: The sharded parameters, or a tree (prefix) of what they have in
@@ -144,4 +144,4 @@ def _plans(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _run(plan: Plan, method: _linalg.PolarMethod, *leaves: Array) -> tuple[Array, ...]:
-    return exchange.run(plan, method.polar, leaves)
+    return work.run(plan, method.polar, leaves)

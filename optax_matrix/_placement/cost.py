@@ -103,7 +103,7 @@ def _bytes(group: Group) -> tuple[int, float]:
         return 0, 0.0
     received, least = 0, 0.0
     for batch in group.batches:
-        kind = batch.kind.in_parts(batch.parts)[0] if batch.parts > 1 else batch.kind
+        kind = batch.unit
         itemsize = jnp.dtype(kind.dtype).itemsize
         piece = math.prod(kind.sizes)
         slots = batch.slots(w)

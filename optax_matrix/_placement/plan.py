@@ -42,8 +42,13 @@ class Kind:
     @property
     def shape(self) -> tuple[int, int]:
         """Inputs and outputs of the whole matrix."""
-        whole = [s * k for s, k in zip(self.sizes, self.shards, strict=True)]
+        whole = self.whole
         return math.prod(whole[: self.inputs]), math.prod(whole[self.inputs :])
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The whole size of each axis."""
+        return tuple(s * k for s, k in zip(self.sizes, self.shards, strict=True))
 
     @property
     def blocks(self) -> int:
@@ -100,6 +105,11 @@ class Batch:
     def count(self) -> int:
         """Number of parts."""
         return self.parts * sum(s.stop - s.start for s in self.sources)
+
+    @property
+    def unit(self) -> Kind:
+        """What is handed out: whole matrices, or parts of them."""
+        return self.kind.in_parts(self.parts)[0] if self.parts > 1 else self.kind
 
     def slots(self, devices: int) -> int:
         """How many a device gets at most, empty ones at the ends included."""

@@ -1,0 +1,192 @@
+"""Carries out a plan: what each device does with its matrices, and with parts."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from optax_matrix import _linalg
+from optax_matrix._layout import MatrixView
+from optax_matrix._placement import exchange
+from optax_matrix._placement.plan import Batch, Group, Kind, Plan, Source
+from optax_matrix._placement.stacks import over_matrices
+
+Polar = Callable[..., Array]
+
+
+def run(plan: Plan, polar: Polar, leaves: Sequence[Array]) -> tuple[Array, ...]:
+    """`polar` on every matrix of the leaves, each on its device, and back."""
+    if plan.mesh is None:
+        return _on_device(plan, polar, *leaves)
+    return jax.shard_map(
+        lambda *local: _on_device(plan, polar, *local),
+        mesh=plan.mesh,
+        in_specs=plan.specs,
+        out_specs=plan.specs,
+        # It cannot see that what all devices send to all is the same everywhere.
+        check_vma=False,
+    )(*leaves)
+
+
+def _on_device(plan: Plan, polar: Polar, *leaves: Array) -> tuple[Array, ...]:
+    stacks = [
+        view.to_stacks(leaf) for view, leaf in zip(plan.views, leaves, strict=True)
+    ]
+    found: dict[tuple[int, int], list[tuple[int, Array]]] = {}
+    for group in plan.groups:
+        for source, result in _on_group(group, polar, stacks):
+            found.setdefault((source.leaf, source.stack), []).append(
+                (source.start, result)
+            )
+
+    def stack(i: int, j: int) -> Array:
+        ranges = [result for _, result in sorted(found[i, j], key=lambda r: r[0])]
+        whole = ranges[0] if len(ranges) == 1 else jnp.concatenate(ranges)
+        return jnp.reshape(whole, stacks[i][j].shape)
+
+    return tuple(
+        view.from_stacks([stack(i, j) for j in range(len(view.matrices))])
+        for i, view in enumerate(plan.views)
+    )
+
+
+def _on_group(
+    group: Group, polar: Polar, stacks: Sequence[Sequence[Array]]
+) -> list[tuple[Source, Array]]:
+    """The results for each range of matrices of a group."""
+
+    def taken(source: Source, kind: Kind) -> Array:
+        stack = stacks[source.leaf][source.stack]
+        part = stack[source.start : source.stop]
+        return jnp.reshape(part, (source.stop - source.start, *kind.sizes))
+
+    pairs = [(batch, source) for batch in group.batches for source in batch.sources]
+    if group.devices == 1:
+        # A loop takes tall matrices as they are; a stack is of one shape.
+        turn = group.turned and group.stack_size > 1
+        whole = [
+            _turned(_flat(taken(source, batch.kind), batch.kind), batch.kind, turn)
+            for batch, source in pairs
+        ]
+        fn = _on_matrices(group.batches[0].kind, polar)
+        done = over_matrices(fn, whole, group.stack_size)
+        return [
+            (source, jnp.reshape(_turned(x, batch.kind, turn), (-1, *batch.kind.sizes)))
+            for (batch, source), x in zip(pairs, done, strict=True)
+        ]
+
+    cut = []
+    for batch in group.batches:
+        units = jnp.concatenate([taken(s, batch.kind) for s in batch.sources])
+        cut.append(_in_parts(units, batch))
+    placed = exchange.bring(group, cut)
+    for parts, batches in group.by_parts().items():
+        fn = _partwise(group, parts, polar) if parts > 1 else polar
+        where = [group.batches.index(batch) for batch in batches]
+        done = _pooled(group, batches, [placed[i] for i in where], fn)
+        for i, result in zip(where, done, strict=True):
+            placed[i] = result
+    results = []
+    back = exchange.take_back(group, placed)
+    for batch, units in zip(group.batches, back, strict=True):
+        whole, start = _whole(units, batch), 0
+        for source in batch.sources:
+            stop = start + source.stop - source.start
+            results.append((source, whole[start:stop]))
+            start = stop
+    return results
+
+
+def _flat(units: Array, kind: Kind) -> Array:
+    """Units (count, *axes) that are whole as matrices (count, m, n)."""
+    return jnp.reshape(units, (units.shape[0], *kind.shape))
+
+
+def _turned(x: Array, kind: Kind, turn: bool = True) -> Array:
+    """Wide matrices from tall ones, and tall ones back from those."""
+    m, n = kind.shape
+    return jnp.swapaxes(x, -2, -1) if turn and m > n else x
+
+
+def _on_matrices(kind: Kind, polar: Polar) -> Polar:
+    """`polar` on each block of matrices (m, n) or (count, m, n)."""
+    if kind.blocks == 1:
+        return polar
+
+    def by_block(x: Array) -> Array:
+        stack = x[None] if x.ndim == 2 else x
+        view = MatrixView(
+            shape=stack.shape,
+            batch=(0,),
+            inputs=(1,),
+            outputs=(2,),
+            input_widths=kind.input_widths,
+            output_widths=kind.output_widths,
+        )
+        return jnp.reshape(view.apply(polar, stack), x.shape)
+
+    return by_block
+
+
+def _pooled(
+    group: Group, batches: Sequence[Batch], slots: Sequence[Array], polar: Polar
+) -> list[Array]:
+    """`polar` on a device's slots of all batches together, empty ones left out."""
+    flat = [
+        _turned(_flat(x, batch.unit), batch.kind, group.turned)
+        for x, batch in zip(slots, batches, strict=True)
+    ]
+    pool = jnp.concatenate(flat)
+    fn = _on_matrices(batches[0].unit, polar)
+    table = group.table(batches)
+    if table is None:
+        (done,) = over_matrices(fn, [pool], group.stack_size)
+    else:
+        mine = jnp.asarray(table)[lax.axis_index(group.axes)]
+        real = jnp.take(pool, mine, axis=0)
+        (done,) = over_matrices(fn, [real], group.stack_size)
+        done = jnp.zeros_like(pool).at[mine].set(done)
+    ends = np.cumsum([x.shape[0] for x in flat])
+    return [
+        jnp.reshape(_turned(x, batch.kind, group.turned), (-1, *batch.unit.whole))
+        for x, batch in zip(jnp.split(done, ends[:-1]), batches, strict=True)
+    ]
+
+
+def _partwise(group: Group, parts: int, polar: Polar) -> Polar:
+    """`polar` on one part a device, neighbours having the other parts of a matrix."""
+    among = [list(range(i, i + parts)) for i in range(0, group.devices, parts)]
+    over = partial(lax.psum, axis_name=group.axes, axis_index_groups=among)
+    most = partial(lax.pmax, axis_name=group.axes, axis_index_groups=among)
+    return partial(polar, parts=_linalg.Parts(parts, over, most))
+
+
+def _in_parts(units: Array, batch: Batch) -> Array:
+    """Every matrix's parts after one another, cut across what this device holds."""
+    if batch.parts == 1:
+        return units
+    part, axis = batch.kind.in_parts(batch.parts)
+    size, axis = part.sizes[axis], axis + 1
+    missing = size * batch.parts - units.shape[axis]
+    padding = [(0, missing if i == axis else 0) for i in range(units.ndim)]
+    units = jnp.pad(units, padding)
+    shape = units.shape
+    grid = jnp.reshape(units, (*shape[:axis], batch.parts, size, *shape[axis + 1 :]))
+    grid = jnp.moveaxis(grid, axis, 1)
+    return jnp.reshape(grid, (-1, *part.sizes))
+
+
+def _whole(units: Array, batch: Batch) -> Array:
+    """The inverse of `_in_parts`."""
+    if batch.parts == 1:
+        return units
+    part, axis = batch.kind.in_parts(batch.parts)
+    grid = jnp.reshape(units, (-1, batch.parts, *part.sizes))
+    grid = jnp.moveaxis(grid, 1, axis + 1)
+    shape = grid.shape
+    merged = (*shape[: axis + 1], -1, *shape[axis + 3 :])
+    whole = jnp.reshape(grid, merged)
+    return lax.slice_in_dim(whole, 0, batch.kind.sizes[axis], axis=axis + 1)
