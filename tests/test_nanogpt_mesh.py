@@ -14,7 +14,7 @@ from examples.nanogpt import configs, data, model, sharding, train
 P = jax.sharding.PartitionSpec
 
 SMALL = configs.resolve(dataclasses.replace(
-    configs.TINY, layers=2, width=32, head_dim=16, context=16, steps=10, batch_size=8,
+    configs.TINY, layers=1, width=32, head_dim=16, context=16, steps=10, batch_size=8,
     data=pydoc.__file__, val_every=10, val_windows=8, log_every=1, sample=0,
     checkpoint_every=0, quiet=True, optimizer="muonh",
 ))  # fmt: skip
@@ -33,15 +33,14 @@ MESHES = [
 def run(mesh, config=SMALL):
     """The losses of a few steps, and the state after them."""
     dataset = data.load(config.data)
-    with jax.set_mesh(mesh):
-        graph, optimizer, state = train.initial(config, 256, mesh)
-        step = train.make_step(graph, optimizer, mesh, like=state)
-        losses = []
-        for i in range(config.steps):
-            rows = dataset.train.batch(0, i, config.batch_size, config.context)
-            rows = rows.reshape(config.accumulate, -1, config.context + 1)
-            state, loss = step(state, sharding.place_batch(rows, mesh))
-            losses.append(float(loss))
+    graph, optimizer, state = train.initial(config, 256, mesh)
+    step = train.make_step(graph, optimizer, mesh, like=state)
+    losses = []
+    for i in range(config.steps):
+        rows = dataset.train.batch(0, i, config.batch_size, config.context)
+        rows = rows.reshape(config.accumulate, -1, config.context + 1)
+        state, loss = step(state, sharding.place_batch(rows, mesh))
+        losses.append(float(loss))
     return losses, state
 
 

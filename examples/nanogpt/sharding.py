@@ -43,9 +43,7 @@ def parse(text: str, devices: int) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(
-    text: str, axes: str, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(text: str, axes: str, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `--mesh` with axes `auto` or `explicit`, over all devices."""
     sizes = parse(text, len(devices or jax.devices()))
     kinds = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
@@ -94,6 +92,11 @@ def batch_axes(mesh: Mesh) -> tuple[str, ...]:
     return tuple(axis for axis in mesh.axis_names if axis != "tensor")
 
 
+def batch_devices(mesh: Mesh) -> int:
+    """In how many parts a batch is spread."""
+    return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
+
+
 def place_batch(rows: Any, mesh: Mesh) -> jax.Array:
     """Windows (..., B, T + 1), which every process has whole, spread over B."""
     spec = P(*[None] * (rows.ndim - 2), batch_axes(mesh))
@@ -115,11 +118,11 @@ def place_rest(tree: Any, mesh: Mesh) -> Any:
 def fetch(tree: Any, mesh: Mesh) -> Any:
     """Every leaf whole, in the memory of every process."""
     everywhere = NamedSharding(mesh, P())
-    return jax.tree.map(np.asarray, jax.device_put(tree, everywhere))
+    return jax.tree.map(lambda x: np.asarray(jax.device_put(x, everywhere)), tree)
 
 
 def spread(loss_fn: Callable, mesh: Mesh | None) -> Callable:
-    """`loss_fn(params, graph, windows)` on the mesh, which `jax.set_mesh` has set.
+    """`loss_fn(params, graph, windows)` on the mesh.
 
     The compiler places what is between parameters and loss, on explicit axes too:
     there every product of the model would have to say how its result lies.
@@ -127,19 +130,20 @@ def spread(loss_fn: Callable, mesh: Mesh | None) -> Callable:
     if mesh is None:
         return loss_fn
 
-    def gather_and_run(params: Any, graph: Any, windows: jax.Array) -> jax.Array:
-        constrain = jax.lax.with_sharding_constraint
-        # Two constraints, because each also holds for the gradient: it comes gathered,
-        # and leaves as its parameter is stored.
-        params = constrain(params, specs(params, mesh))
-        params = constrain(params, specs(params, mesh, gathered=True))
-        return loss_fn(params, graph, windows)
-
-    def left_to_the_compiler(params: Any, graph: Any, windows: jax.Array) -> jax.Array:
+    def on_mesh(params: Any, graph: Any, windows: jax.Array) -> jax.Array:
         def run(params: Any, windows: jax.Array) -> jax.Array:
-            return gather_and_run(params, graph, windows)
+            constrain = jax.lax.with_sharding_constraint
+            # Two constraints, because each also holds for the gradient: it comes
+            # gathered, and leaves as its parameter is stored.
+            params = constrain(params, specs(params, mesh))
+            params = constrain(params, specs(params, mesh, gathered=True))
+            return loss_fn(params, graph, windows)
 
-        axes = mesh.axis_names
-        return jax.sharding.auto_axes(run, axes=axes, out_sharding=P())(params, windows)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            if is_explicit(mesh):
+                axes = mesh.axis_names
+                on_auto = jax.sharding.auto_axes(run, axes=axes, out_sharding=P())
+                return on_auto(params, windows)  # type: ignore
+            return run(params, windows)
 
-    return left_to_the_compiler if is_explicit(mesh) else gather_and_run
+    return on_mesh

@@ -9,7 +9,6 @@ python -m examples.nanogpt.train --help
 
 import dataclasses
 import inspect
-import math
 import signal
 import sys
 import time
@@ -29,6 +28,7 @@ if not __package__:  # run as a file: `python examples/nanogpt/train.py`
 
 import optax_matrix as om
 from examples.nanogpt import (
+    batches,
     checkpoint,
     configs,
     data,
@@ -45,7 +45,7 @@ class State(NamedTuple):
     """What a step changes and a checkpoint holds. The step count is its name."""
 
     params: nnx.State
-    optimizer: optax.OptState
+    optimizer: optax.ApplyIfFiniteState
 
 
 # ------------------------------------------------------------------- optimizer
@@ -114,7 +114,7 @@ def initial(
     placement = None if sharding.is_explicit(mesh) else om.Placement(params)
     optimizer = make_optimizer(config, placement)
     # Not compiled: zeros like a parameter then lie as it does.
-    state = State(params, optimizer.init(params))
+    state = State(params, optimizer.init(params))  # type: ignore
     return graph, optimizer, sharding.place_rest(state, mesh)
 
 
@@ -174,22 +174,14 @@ def train(config: Config) -> dict[str, Any]:
     """
     config = configs.resolve(config)
     mesh = sharding.make_mesh(config.mesh, config.mesh_axes)
-    with jax.set_mesh(mesh):
-        return train_on(mesh, config)
+    batches.micro_batch_size(config, mesh)  # Or raises, before a file is written.
+    return train_on(mesh, config)
 
 
 def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
-    """`train`, on a mesh that is set."""
+    """`train` on a given mesh, which may be of some devices only."""
     quiet = config.quiet or not processes.is_first()
     say = (lambda _: None) if quiet else tqdm.write
-    parts = math.prod(mesh.shape[axis] for axis in sharding.batch_axes(mesh))
-    micro_batch, rest = divmod(config.batch_size, config.accumulate)
-    if rest or micro_batch % parts:
-        raise ValueError(
-            f"`batch_size` must be a multiple of `accumulate` times devices "
-            f"(on data and fsdp), got {config.batch_size} for {config.accumulate} "
-            f"times {parts}"
-        )
 
     # Output and data; a resumed run takes the tokenizer that it was begun with.
     folder = Path(config.out) if config.out else None
@@ -207,24 +199,7 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
     if folder and writes and dataset.tokenizer:
         dataset.tokenizer.save(folder / "tokenizer.json")
 
-    def train_windows(step: int) -> jax.Array:
-        rows = dataset.train.batch(config.seed, step, config.batch_size, config.context)
-        if rows.max() >= dataset.vocab_size:
-            raise ValueError(
-                f"token {rows.max()} in {config.data}, whose vocabulary is "
-                f"{dataset.vocab_size}: were the shards made by another tokenizer?"
-            )
-        rows = rows.reshape(config.accumulate, micro_batch, -1)
-        return sharding.place_batch(rows, mesh)
-
-    val_rows = dataset.val.fixed(config.val_windows, config.context)
-    if len(val_rows) < micro_batch:
-        raise ValueError(f"{len(val_rows)} validation windows fill no micro-batch")
-    val_batches = len(val_rows) // micro_batch
-    val_rows = val_rows[: val_batches * micro_batch].reshape(
-        val_batches, micro_batch, -1
-    )
-    val_windows = [sharding.place_batch(rows, mesh) for rows in val_rows]
+    windows = batches.Batches(dataset, config, mesh)
 
     # Model, optimizer, and what they were at the last checkpoint
     graph, optimizer, state = initial(config, dataset.vocab_size, mesh)
@@ -261,7 +236,7 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
     # Compiled first, so that the clock below measures steps
     begin = time.perf_counter()
     step_fn = make_step(graph, optimizer, mesh, like=state)
-    step_fn = step_fn.lower(state, train_windows(start)).compile()
+    step_fn = step_fn.lower(state, windows.train(start)).compile()
     on_mesh = sharding.spread(loss_fn, mesh)
     eval_fn = jax.jit(lambda params, windows: on_mesh(params, graph, windows))
     compile_seconds = time.perf_counter() - begin
@@ -276,7 +251,7 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
         tqdm(total=config.steps, initial=start, disable=quiet) as bar,
     ):
         for done in range(start + 1, config.steps + 1):
-            state, loss = step_fn(state, train_windows(done - 1))
+            state, loss = step_fn(state, windows.train(done - 1))
             bar.update()
             end, report = done == config.steps, done % config.log_every == 0
             if report or jax.process_count() == 1:
@@ -303,11 +278,10 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
             )
             bar.set_postfix_str(f"loss {value:.4f}, {speed:,.0f} tokens/s")
             if validate:
-                value = sum(float(eval_fn(state.params, w)) for w in val_windows)
-                log.add("val", step=done, loss=value / val_batches)
-                say(
-                    f"step {done}: validation loss {value / val_batches:.4f} ({beside})"
-                )
+                value = sum(float(eval_fn(state.params, w)) for w in windows.val)
+                value /= len(windows.val)
+                log.add("val", step=done, loss=value)
+                say(f"step {done}: validation loss {value:.4f} ({beside})")
             if save:
                 saved.save(done, state)
             if stopped:

@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 
 from optax_matrix import _linalg
-from optax_matrix._placement.plan import Batch, Group, Plan
+from optax_matrix._placement.plan import Group, Lot, Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +60,8 @@ def group_cost(plan: Plan, group: Group, method: _linalg.PartwiseMethod) -> Grou
         for n in one.output_widths
     ]
     flops, per_device, sums, summed = 0, 0, 0, 0
-    for parts, batches in group.by_parts().items():
-        slots = _busiest(group, batches)
+    for parts, where in group.by_parts().items():
+        slots = _busiest(group, [group.lots[i] for i in where])
         flops += slots * sum(method.flops(m, n, parts) for m, n in blocks)
         if parts == 1:
             per_device = slots * len(blocks)
@@ -78,7 +78,7 @@ def group_cost(plan: Plan, group: Group, method: _linalg.PartwiseMethod) -> Grou
         matrices=here * copies,
         devices=w,
         per_device=per_device,
-        parts=max(batch.parts for batch in group.batches),
+        parts=max(lot.parts for lot in group.lots),
         flops=flops,
         even_flops=even,
         exchanges=(2 if group.exchanged else 1) if w > 1 else 0,
@@ -89,10 +89,10 @@ def group_cost(plan: Plan, group: Group, method: _linalg.PartwiseMethod) -> Grou
     )
 
 
-def _busiest(group: Group, batches: list[Batch]) -> int:
+def _busiest(group: Group, lots: list[Lot]) -> int:
     """How many slots of the busiest device hold something."""
-    table = group.table(batches)
-    every = sum(batch.slots(group.devices) for batch in batches)
+    table = group.table(lots)
+    every = sum(lot.slots(group.devices) for lot in lots)
     return every if table is None else table.shape[1]
 
 
@@ -102,17 +102,17 @@ def _bytes(group: Group) -> tuple[int, float]:
     if w == 1:
         return 0, 0.0
     received, least = 0, 0.0
-    for batch in group.batches:
-        kind = batch.unit
-        itemsize = jnp.dtype(kind.dtype).itemsize
-        piece = math.prod(kind.sizes)
-        slots = batch.slots(w)
-        if kind.pieces > 1:
-            received += slots * (w - 1) * -(-piece // (w // kind.pieces)) * itemsize
-        received += slots * (w - 1) * piece * itemsize
+    for lot in group.lots:
+        itemsize = jnp.dtype(lot.batches[0].kind.dtype).itemsize
+        # Every slot is sent, also those that are empty at the end of a lot.
+        sent = lot.slots(w) * (w - 1) * itemsize
+        if lot.pieces > 1:
+            received += sent * -(-lot.piece // (w // lot.pieces))
+        received += sent * lot.piece
         # In: what its matrices have elsewhere. Out: its piece of all but its own.
-        inward = batch.count / w * piece * (kind.pieces - 1)
-        outward = batch.count * piece * (w - 1) / w
+        count = lot.stop - lot.start
+        inward = count / w * lot.piece * (lot.pieces - 1)
+        outward = count * lot.piece * (w - 1) / w
         least += (inward + outward) * itemsize
     return received, least
 

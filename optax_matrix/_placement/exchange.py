@@ -1,5 +1,6 @@
 """Brings matrices together on their devices and takes them back, inside `shard_map`."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -7,49 +8,124 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from optax_matrix._placement.plan import Group, Kind
+from optax_matrix._placement.plan import Batch, Group, Kind, Lot
 
 
-def bring(group: Group, units: Sequence[Array]) -> list[Array]:
-    """From what a device holds of all, (count, *sizes), to its own, whole, by slot."""
-    w = group.devices
-    by_slot = []
-    for batch, x in zip(group.batches, units, strict=True):
-        slots = batch.slots(w)
-        before, after = batch.first, slots * w - batch.first - batch.count
-        x = jnp.pad(x, [(before, after)] + [(0, 0)] * (x.ndim - 1))
-        by_slot.append(jnp.reshape(x, (slots, w, *x.shape[1:])))
+def bring(group: Group, units: Sequence[Sequence[Array]]) -> list[Array]:
+    """Hands every device its matrices.
 
-    here, packed = {}, []
-    for i, (batch, x) in enumerate(zip(group.batches, by_slot, strict=True)):
-        if batch.kind.pieces == 1:
-            # Every device has all of it: no exchange.
-            me = lax.axis_index(group.axes)
-            here[i] = lax.dynamic_index_in_dim(x, me, axis=1, keepdims=False)
-        else:
-            packed.append(jnp.swapaxes(_share(group, batch.unit, x), 0, 1))
-    received = iter(_all_to_all(group, packed))
-    return [
-        here[i] if i in here else _assembled(group, batch.unit, next(received))
-        for i, batch in enumerate(group.batches)
-    ]
+    Args:
+      group: Whose matrices.
+      units: For each lot and batch what this device holds of all of them, (count,
+        *sizes).
 
-
-def _share(group: Group, kind: Kind, x: Array) -> Array:
-    """What this device sends of pieces that others hold too: (slots, owners, share).
-
-    Devices that hold the same piece send equal shares of it.
+    Returns:
+      For each lot the matrices that are this device's, (slots, m, n).
     """
-    slots, w = x.shape[:2]
-    size, copies = math.prod(kind.sizes), w // kind.pieces
-    share = -(-size // copies)
-    flat = jnp.reshape(x, (slots, w, size))
-    flat = jnp.pad(flat, [(0, 0), (0, 0), (0, share * copies - size)])
-    if copies == 1:
-        return flat
-    grid = jnp.reshape(flat, (slots, w, copies, share))
-    mine = lax.axis_index(_copied(group, kind))
-    return lax.dynamic_index_in_dim(grid, mine, axis=2, keepdims=False)
+    w = group.devices
+    packed = []
+    for lot, held in zip(group.lots, units, strict=True):
+        if lot.pieces > 1:
+            shares = [
+                _share(group, batch.unit, x)
+                for batch, x in zip(lot.batches, held, strict=True)
+            ]
+            by_slot = _by_slot(jnp.concatenate(shares), lot.start, lot.slots(w), w)
+            packed.append(jnp.swapaxes(by_slot, 0, 1))
+    received = iter(_all_to_all(group, packed))
+    placed = []
+    for lot, held in zip(group.lots, units, strict=True):
+        sent = next(received) if lot.pieces > 1 else None
+        found = []
+        for batch, x in zip(lot.batches, held, strict=True):
+            first, last = _slots(batch, w)
+            if sent is None:
+                # Every device has all of it: no exchange.
+                slots = _by_slot(x, batch.start - first * w, last - first, w)
+                me = lax.axis_index(group.axes)
+                own = lax.dynamic_index_in_dim(slots, me, axis=1, keepdims=False)
+            else:
+                own = _assembled(group, batch.unit, sent[:, first:last])
+            flat = jnp.reshape(own, (-1, *batch.unit.shape))
+            found.append(_turned(group, batch, flat))
+        placed.append(_merged(group, lot, found))
+    return placed
+
+
+def take_back(group: Group, matrices: Sequence[Array]) -> list[list[Array]]:
+    """The inverse of `bring`: to every device all that it holds a piece of."""
+    w = group.devices
+    packed = []
+    for lot, x in zip(group.lots, matrices, strict=True):
+        found = []
+        for batch in lot.batches:
+            own = _turned(group, batch, x[slice(*_slots(batch, w))])
+            whole = jnp.reshape(own, (-1, *batch.unit.whole))
+            if group.exchanged:
+                # (slots, devices, entries), to be chosen among like all slots
+                found.append(jnp.swapaxes(_for_all(group, batch.unit, whole), 0, 1))
+            else:
+                # What leaves every device is the same for all.
+                found.append(jnp.reshape(whole, (whole.shape[0], 1, -1)))
+        packed.append(jnp.swapaxes(_merged(group, lot, found), 0, 1))
+    if group.exchanged:
+        received = _all_to_all(group, packed)
+    else:
+        everything = lax.all_gather(_packed(packed), group.axes, tiled=True)
+        received = _unpacked(everything, packed)
+    results = []
+    for lot, x in zip(group.lots, received, strict=True):
+        in_order = jnp.reshape(jnp.swapaxes(x, 0, 1), (-1, lot.piece))
+        results.append(
+            [
+                jnp.reshape(in_order[batch.start : batch.stop], (-1, *batch.unit.sizes))
+                for batch in lot.batches
+            ]
+        )
+    return results
+
+
+def _slots(batch: Batch, devices: int) -> tuple[int, int]:
+    """The slots that devices get a batch in, the last not included."""
+    return batch.start // devices, -(-batch.stop // devices)
+
+
+def _by_slot(x: Array, before: int, slots: int, devices: int) -> Array:
+    """(count, ...) as (slots, devices, ...), with nothing in the places `before`."""
+    after = slots * devices - before - x.shape[0]
+    x = jnp.pad(x, [(before, after)] + [(0, 0)] * (x.ndim - 1))
+    return jnp.reshape(x, (slots, devices, *x.shape[1:]))
+
+
+def _merged(group: Group, lot: Lot, found: Sequence[Array]) -> Array:
+    """One array over the slots of a lot from those of its batches, (slots, ...).
+
+    Where one batch ends and the next begins, some devices have a matrix of the one and
+    some of the other.
+    """
+    w = group.devices
+    ranges = [_slots(batch, w) for batch in lot.batches]
+    edges = sorted({0, lot.slots(w), *(edge for pair in ranges for edge in pair)})
+    pieces = []
+    for low, high in itertools.pairwise(edges):
+        here = [
+            (batch, x[low - first : high - first])
+            for batch, x, (first, last) in zip(lot.batches, found, ranges, strict=True)
+            if first <= low and high <= last
+        ]
+        (_, merged), *others = here
+        for batch, x in others:
+            # More than one only in a single slot: the next batch follows.
+            theirs = low * w + lax.axis_index(group.axes) >= batch.start
+            merged = jnp.where(theirs, x, merged)
+        pieces.append(merged)
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
+
+
+def _turned(group: Group, batch: Batch, x: Array) -> Array:
+    """Wide matrices from tall ones, and tall ones back from those."""
+    m, n = batch.kind.shape
+    return jnp.swapaxes(x, -2, -1) if group.turned and m > n else x
 
 
 def _copied(group: Group, kind: Kind) -> tuple[str, ...]:
@@ -62,6 +138,23 @@ def _device_order(group: Group, kind: Kind) -> list[int]:
     """Positions of the mesh axes: those of copies, then those of each matrix axis."""
     order = [*_copied(group, kind), *(axis for axes in kind.over for axis in axes)]
     return [group.axes.index(axis) for axis in order]
+
+
+def _share(group: Group, kind: Kind, x: Array) -> Array:
+    """What this device sends of pieces that others hold too: (count, share).
+
+    Devices that hold the same piece send equal shares of it.
+    """
+    count, size = x.shape[0], math.prod(kind.sizes)
+    copies = group.devices // kind.pieces
+    share = -(-size // copies)
+    flat = jnp.reshape(x, (count, size))
+    flat = jnp.pad(flat, [(0, 0), (0, share * copies - size)])
+    if copies == 1:
+        return flat
+    mine = lax.axis_index(_copied(group, kind))
+    grid = jnp.reshape(flat, (count, copies, share))
+    return lax.dynamic_index_in_dim(grid, mine, axis=1, keepdims=False)
 
 
 def _assembled(group: Group, kind: Kind, x: Array) -> Array:
@@ -88,29 +181,6 @@ def _in_pieces(kind: Kind, x: Array) -> Array:
     order = (0, *range(1, 2 * r, 2), *range(2, 2 * r + 1, 2))
     grid = jnp.transpose(grid, order)
     return jnp.reshape(grid, (slots, *kind.shards, math.prod(kind.sizes)))
-
-
-def take_back(group: Group, whole: Sequence[Array]) -> list[Array]:
-    """The inverse of `bring`: to every device all that it holds a piece of."""
-    if group.exchanged:
-        packed = [
-            _for_all(group, batch.unit, x)
-            for batch, x in zip(group.batches, whole, strict=True)
-        ]
-        received = _all_to_all(group, packed)
-    else:
-        # What leaves every device is the same for all.
-        packed = [jnp.reshape(x, (1, x.shape[0], -1)) for x in whole]
-        received = _unpacked(
-            lax.all_gather(_packed(packed), group.axes, tiled=True), packed
-        )
-    results = []
-    for batch, x in zip(group.batches, received, strict=True):
-        by_slot = jnp.swapaxes(x, 0, 1)  # (slots, owners, entries)
-        units = jnp.reshape(by_slot, (-1, *batch.unit.sizes))
-        end = batch.first + batch.count
-        results.append(lax.slice_in_dim(units, batch.first, end))
-    return results
 
 
 def _for_all(group: Group, kind: Kind, x: Array) -> Array:

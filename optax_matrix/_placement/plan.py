@@ -1,6 +1,7 @@
 """Which device works on which matrix: decided from shapes and shardings alone."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -93,27 +94,68 @@ class Batch:
       kind: How they lie.
       sources: Where they come from.
       parts: In how many parts each is handed out.
-      first: The device that gets the first, the one after the last batch's last.
+      start: How many were handed out before the first, see `Lot`.
     """
 
     kind: Kind
     sources: tuple[Source, ...]
     parts: int
-    first: int
+    start: int
 
-    @property
+    @functools.cached_property
     def count(self) -> int:
         """Number of parts."""
         return self.parts * sum(s.stop - s.start for s in self.sources)
 
     @property
+    def stop(self) -> int:
+        """Where the next batch starts."""
+        return self.start + self.count
+
+    @functools.cached_property
     def unit(self) -> Kind:
         """What is handed out: whole matrices, or parts of them."""
         return self.kind.in_parts(self.parts)[0] if self.parts > 1 else self.kind
 
+
+@dataclasses.dataclass(frozen=True)
+class Lot:
+    """Batches handed out in one go, one to each device in turn.
+
+    Number i goes to device i mod W as its number i // W. The pieces of all batches of a
+    lot are equally large, so what a device is sent does not depend on the kind.
+    """
+
+    batches: tuple[Batch, ...]
+
+    @property
+    def parts(self) -> int:
+        """In how many parts each matrix is handed out."""
+        return self.batches[0].parts
+
+    @property
+    def pieces(self) -> int:
+        """In how many pieces each is."""
+        return self.batches[0].kind.pieces
+
+    @property
+    def piece(self) -> int:
+        """Entries of a piece."""
+        return math.prod(self.batches[0].unit.sizes)
+
+    @property
+    def start(self) -> int:
+        """The device that gets the first."""
+        return self.batches[0].start
+
+    @property
+    def stop(self) -> int:
+        """One more than the number of the last."""
+        return self.batches[-1].stop
+
     def slots(self, devices: int) -> int:
-        """How many a device gets at most, empty ones at the ends included."""
-        return -(-(self.first + self.count) // devices)
+        """How many a device gets at most."""
+        return -(-self.stop // devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,14 +165,14 @@ class Group:
     Attributes:
       axes: The mesh axes over whose devices they are spread.
       sizes: The sizes of these axes.
-      batches: What is handed out, parts after wholes.
+      lots: What is handed out, parts after wholes.
       turned: Whether tall matrices are worked on transposed.
       stack_size: How many a device multiplies at once.
     """
 
     axes: tuple[str, ...]
     sizes: tuple[int, ...]
-    batches: tuple[Batch, ...]
+    lots: tuple[Lot, ...]
     turned: bool
     stack_size: int
 
@@ -140,39 +182,40 @@ class Group:
         return math.prod(self.sizes)
 
     @property
+    def batches(self) -> list[Batch]:
+        """Of all lots."""
+        return [batch for lot in self.lots for batch in lot.batches]
+
+    @property
     def exchanged(self) -> bool:
         """Whether any matrix has to be brought together from pieces."""
-        return any(batch.kind.pieces > 1 for batch in self.batches)
+        return any(lot.pieces > 1 for lot in self.lots)
 
-    def by_parts(self) -> dict[int, list[Batch]]:
-        """Its batches by their number of parts."""
-        found: dict[int, list[Batch]] = {}
-        for batch in self.batches:
-            found.setdefault(batch.parts, []).append(batch)
+    def by_parts(self) -> dict[int, list[int]]:
+        """Positions of its lots, by their number of parts."""
+        found: dict[int, list[int]] = {}
+        for i, lot in enumerate(self.lots):
+            found.setdefault(lot.parts, []).append(i)
         return found
 
-    def table(self, batches: Sequence[Batch]) -> np.ndarray | None:
-        """For every device, which of its slots over `batches` hold a matrix.
+    def table(self, lots: Sequence[Lot]) -> np.ndarray | None:
+        """For every device, which of its slots over `lots` hold a matrix.
 
         None if that is all of them, to rounding up: then nothing is gained by a choice.
         """
         w = self.devices
-        real = [
+        real = np.concatenate(
             [
-                0 <= slot * w + device - batch.first < batch.count
-                for batch in batches
-                for slot in range(batch.slots(w))
+                (lot.start <= numbers) & (numbers < lot.stop)
+                for lot in lots
+                for numbers in [np.arange(lot.slots(w) * w).reshape(-1, w)]
             ]
-            for device in range(w)
-        ]
-        most = max(map(sum, real))
-        if most == len(real[0]):
+        ).T
+        most = int(real.sum(axis=1).max())
+        if most == real.shape[1]:
             return None
         # The empty ones fill up the rows of devices that have fewer.
-        order = [
-            sorted(range(len(row)), key=lambda i, row=row: not row[i]) for row in real
-        ]
-        return np.array([row[:most] for row in order])
+        return np.argsort(~real, axis=1, kind="stable")[:, :most]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,10 +366,10 @@ def _alike(
                 turned,
             )
             found.setdefault(key, []).append((kind, Source(i, j, 0, count)))
-    # Stable: the order of leaves within a kind.
+    # What can go in one lot next to each other, and of that what is of one kind.
     for stacks in found.values():
-        order = list(dict.fromkeys(kind for kind, _ in stacks))
-        stacks.sort(key=lambda stack: order.index(stack[0]))
+        order = {kind: i for i, kind in enumerate(dict.fromkeys(k for k, _ in stacks))}
+        stacks.sort(key=lambda stack: (*_lot(stack[0], 1), order[stack[0]]))
     return found
 
 
@@ -344,8 +387,8 @@ def _rounds(
     itemsize = jnp.dtype(key.dtype).itemsize
     at_once = stack_size or rules.stack_size(*key.shape)
     if w == 1:
-        batches = _batches(sources, 1, w)
-        yield Group(key.axes, sizes, batches, key.turned, at_once)
+        lots = _lots(sources, 1, w)
+        yield Group(key.axes, sizes, lots, key.turned, at_once)
         return
     held = stack_size or rules.exchange_size(*key.shape, itemsize)
     whole = count // w * w
@@ -360,9 +403,9 @@ def _rounds(
     # Parts go with the last round of wholes, in the same exchange.
     last = rounds.pop() if rounds else []
     for cut in rounds:
-        yield Group(key.axes, sizes, _batches(cut, 1, w), key.turned, at_once)
-    batches = (*_batches(last, 1, w), *_batches(rest, split, w))
-    yield Group(key.axes, sizes, batches, key.turned, at_once)
+        yield Group(key.axes, sizes, _lots(cut, 1, w), key.turned, at_once)
+    lots = (*_lots(last, 1, w), *_lots(rest, split, w))
+    yield Group(key.axes, sizes, lots, key.turned, at_once)
 
 
 def _cut(
@@ -384,13 +427,23 @@ def _cut(
     return cuts
 
 
-def _batches(
+def _lot(kind: Kind, parts: int) -> tuple[int, int]:
+    """What batches of one lot have in common: pieces, and the entries of one."""
+    unit = kind.in_parts(parts)[0] if parts > 1 else kind
+    return kind.pieces, math.prod(unit.sizes)
+
+
+def _lots(
     sources: list[tuple[Kind, Source]], parts: int, devices: int
-) -> tuple[Batch, ...]:
-    """Batches by kind, each starting where the one before ended."""
-    batches, first = [], 0
-    for kind, same in itertools.groupby(sources, key=lambda pair: pair[0]):
-        batch = Batch(kind, tuple(source for _, source in same), parts, first)
-        batches.append(batch)
-        first = (first + batch.count) % devices
-    return tuple(batches)
+) -> tuple[Lot, ...]:
+    """Lots by kinds, each starting at the device after the last one's last."""
+    lots, start = [], 0
+    for _, similar in itertools.groupby(sources, key=lambda s: _lot(s[0], parts)):
+        batches = []
+        for kind, same in itertools.groupby(similar, key=lambda s: s[0]):
+            batch = Batch(kind, tuple(source for _, source in same), parts, start)
+            batches.append(batch)
+            start = batch.stop
+        lots.append(Lot(tuple(batches)))
+        start %= devices
+    return tuple(lots)

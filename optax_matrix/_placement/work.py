@@ -11,7 +11,7 @@ from jax import Array, lax
 from optax_matrix import _linalg
 from optax_matrix._layout import MatrixView
 from optax_matrix._placement import exchange
-from optax_matrix._placement.plan import Batch, Group, Kind, Plan, Source
+from optax_matrix._placement.plan import Batch, Group, Kind, Lot, Plan, Source
 from optax_matrix._placement.stacks import over_matrices
 
 Polar = Callable[..., Array]
@@ -78,26 +78,46 @@ def _on_group(
             for (batch, source), x in zip(pairs, done, strict=True)
         ]
 
-    cut = []
-    for batch in group.batches:
-        units = jnp.concatenate([taken(s, batch.kind) for s in batch.sources])
-        cut.append(_in_parts(units, batch))
-    placed = exchange.bring(group, cut)
-    for parts, batches in group.by_parts().items():
+    def held(batch: Batch) -> Array:
+        units = [taken(source, batch.kind) for source in batch.sources]
+        return _in_parts(jnp.concatenate(units), batch)
+
+    placed = exchange.bring(
+        group, [[held(batch) for batch in lot.batches] for lot in group.lots]
+    )
+    for parts, where in group.by_parts().items():
         fn = _partwise(group, parts, polar) if parts > 1 else polar
-        where = [group.batches.index(batch) for batch in batches]
-        done = _pooled(group, batches, [placed[i] for i in where], fn)
+        lots = [group.lots[i] for i in where]
+        done = _pooled(group, lots, [placed[i] for i in where], fn)
         for i, result in zip(where, done, strict=True):
             placed[i] = result
     results = []
-    back = exchange.take_back(group, placed)
-    for batch, units in zip(group.batches, back, strict=True):
-        whole, start = _whole(units, batch), 0
-        for source in batch.sources:
-            stop = start + source.stop - source.start
-            results.append((source, whole[start:stop]))
-            start = stop
+    for lot, found in zip(group.lots, exchange.take_back(group, placed), strict=True):
+        for batch, units in zip(lot.batches, found, strict=True):
+            whole, start = _whole(units, batch), 0
+            for source in batch.sources:
+                stop = start + source.stop - source.start
+                results.append((source, whole[start:stop]))
+                start = stop
     return results
+
+
+def _pooled(
+    group: Group, lots: Sequence[Lot], slots: Sequence[Array], polar: Polar
+) -> list[Array]:
+    """`polar` on a device's matrices of all lots together, empty slots left out."""
+    pool = jnp.concatenate(slots)
+    fn = _on_matrices(lots[0].batches[0].unit, polar)
+    table = group.table(lots)
+    if table is None:
+        (done,) = over_matrices(fn, [pool], group.stack_size)
+    else:
+        mine = jnp.asarray(table)[lax.axis_index(group.axes)]
+        real = jnp.take(pool, mine, axis=0)
+        (done,) = over_matrices(fn, [real], group.stack_size)
+        done = jnp.zeros_like(pool).at[mine].set(done)
+    ends = np.cumsum([x.shape[0] for x in slots])
+    return jnp.split(done, ends[:-1])
 
 
 def _flat(units: Array, kind: Kind) -> Array:
@@ -129,31 +149,6 @@ def _on_matrices(kind: Kind, polar: Polar) -> Polar:
         return jnp.reshape(view.apply(polar, stack), x.shape)
 
     return by_block
-
-
-def _pooled(
-    group: Group, batches: Sequence[Batch], slots: Sequence[Array], polar: Polar
-) -> list[Array]:
-    """`polar` on a device's slots of all batches together, empty ones left out."""
-    flat = [
-        _turned(_flat(x, batch.unit), batch.kind, group.turned)
-        for x, batch in zip(slots, batches, strict=True)
-    ]
-    pool = jnp.concatenate(flat)
-    fn = _on_matrices(batches[0].unit, polar)
-    table = group.table(batches)
-    if table is None:
-        (done,) = over_matrices(fn, [pool], group.stack_size)
-    else:
-        mine = jnp.asarray(table)[lax.axis_index(group.axes)]
-        real = jnp.take(pool, mine, axis=0)
-        (done,) = over_matrices(fn, [real], group.stack_size)
-        done = jnp.zeros_like(pool).at[mine].set(done)
-    ends = np.cumsum([x.shape[0] for x in flat])
-    return [
-        jnp.reshape(_turned(x, batch.kind, group.turned), (-1, *batch.unit.whole))
-        for x, batch in zip(jnp.split(done, ends[:-1]), batches, strict=True)
-    ]
 
 
 def _partwise(group: Group, parts: int, polar: Polar) -> Polar:
