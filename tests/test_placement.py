@@ -146,6 +146,14 @@ def described(leaves, mesh, method=NS):
     return om.describe_placement(params, method, routing=lambda path, leaf: True)
 
 
+# Bytes over the least, where they are more: slots that are empty at the end of a lot,
+# and copies, which send a share of their piece also to devices that hold it.
+SPARE = {
+    "one axis of two": 1.06,
+    "a mix": 5.5,
+    "mixed counts": 2.2,
+    "fewer than devices": 1.34,
+}
 AUTO = ["replicated", "a transformer", "a mix", "one matrix", "experts"]
 
 
@@ -174,7 +182,9 @@ def test_equal_to_one_device_in_few_exchanges(name, kind):
     moved = collections.Counter()
     for collective in hlo.collectives(text):
         moved[collective.kind == "all-reduce"] += collective.bytes
-    assert moved[False] == total["exchanged_bytes"] >= total["least_bytes"]
+    assert moved[False] == total["exchanged_bytes"]
+    spare = SPARE.get(name, 1) * total["least_bytes"]
+    assert total["least_bytes"] <= moved[False] <= spare
     assert total["exchanges"] == sum(n for k, n in wanted.items() if k != "all-reduce")
     # Besides Gram matrices only one number is summed, and rounding up to whole bytes.
     assert 0 <= moved[True] - total["summed_bytes"] <= 16
@@ -278,7 +288,9 @@ def test_a_capped_group_goes_in_rounds(kind):
         got, _ = program(tree, optax.EmptyState(), tree)
         chex.assert_trees_all_close(got, want, atol=2e-6)
         assert exchanges(program.as_text()) == {"all-to-all": 2 * 3 // stack_size}
-        memory[stack_size] = program.memory_analysis().temp_size_in_bytes
+        found = program.memory_analysis()
+        assert found is not None
+        memory[stack_size] = found.temp_size_in_bytes
     assert memory[1] < memory[3]
 
 

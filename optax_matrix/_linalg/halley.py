@@ -77,8 +77,8 @@ def halley(
       TypeError: If `x` is not real floating.
 
     Cost:
-      `halley_flops`: per step two rectangular products, and one inverse of the small
-      side, most of it matmuls too.
+      `halley_flops`: per step two rectangular products, and one Cholesky factorization
+      and explicit inverse of the small side.
 
     References:
       Nakatsukasa, Bai and Gygi, 2010, `Optimizing Halley's iteration for computing the
@@ -115,8 +115,8 @@ def halley(
 def halley_flops(m: int, n: int, steps: int, parts: int = 1) -> int:
     """Returns the FLOPs of one m×n matrix, or of a part of it.
 
-    A step is two rectangular products, 2m²n each for m ≤ n, and the inverse of the
-    small side: its factor takes about m³ and the factor's square m³.
+    A step is two rectangular products, 2m²n each for m ≤ n, and of the small side a
+    factorization and a triangular inverse, together about m³, and one product, 2m³.
 
     Args:
       m: One side.
@@ -125,63 +125,12 @@ def halley_flops(m: int, n: int, steps: int, parts: int = 1) -> int:
       parts: In how many the longer side is cut; each repeats the inverse.
     """
     m, n = min(m, n), max(m, n)
-    return steps * (4 * m * m * -(-n // parts) + 2 * m**3)
-
-
-# Below this side the factorization is the library's. Measured on CPU at 384: bases of
-# 32 to 96 took 0.7 of the time of one call for the whole.
-_FACTOR_BASE = 192
+    return steps * (4 * m * m * -(-n // parts) + 3 * m**3)
 
 
 def _spd_inverse(a: Array, precision: Precision) -> Array:
-    """Inverse of symmetric positive definite matrices, A⁻¹ = WᵀW with W = L⁻¹."""
-
-    def product(x: Array, y: Array) -> Array:
-        return jnp.matmul(x, y, precision=precision)
-
-    w = _inverse_factor(a, precision)
-    h = _half(a.shape[-1])
-    if not h:
-        return product(numerics.transpose(w), w)
-    # The upper right block of W is zero.
-    w1, w21, w2 = w[..., :h, :h], w[..., h:, :h], w[..., h:, h:]
-    w1t, w21t, w2t = map(numerics.transpose, (w1, w21, w2))
-    across = product(w21t, w2)
-    return _blocks(
-        product(w1t, w1) + product(w21t, w21),
-        across,
-        numerics.transpose(across),
-        product(w2t, w2),
-    )
-
-
-def _inverse_factor(a: Array, precision: Precision) -> Array:
-    """L⁻¹ of A = LLᵀ, by halves, so that all but small blocks is matmuls.
-
-    Factorizations and triangular solves run at a fraction of a matmul's rate.
-    """
-    h = _half(a.shape[-1])
-    if not h:
-        lower = lax_linalg.cholesky(a, symmetrize_input=False)
-        eye = numerics.eye_like(a)
-        return lax_linalg.triangular_solve(lower, eye, left_side=True, lower=True)
-
-    def product(x: Array, y: Array) -> Array:
-        return jnp.matmul(x, y, precision=precision)
-
-    w1 = _inverse_factor(a[..., :h, :h], precision)
-    minus_l21 = product(-a[..., h:, :h], numerics.transpose(w1))
-    rest = a[..., h:, h:] - product(minus_l21, numerics.transpose(minus_l21))
-    w2 = _inverse_factor(rest, precision)
-    w21 = product(w2, product(minus_l21, w1))
-    return _blocks(w1, jnp.zeros_like(numerics.transpose(w21)), w21, w2)
-
-
-def _half(side: int) -> int:
-    """Where to cut a side; 0 if it is small enough as it is."""
-    return side // 2 if side > _FACTOR_BASE else 0
-
-
-def _blocks(a: Array, b: Array, c: Array, d: Array) -> Array:
-    upper = jnp.concatenate([a, b], axis=-1)
-    return jnp.concatenate([upper, jnp.concatenate([c, d], axis=-1)], axis=-2)
+    """Inverse of symmetric positive definite matrices by A = LLᵀ, A⁻¹ = L⁻ᵀL⁻¹."""
+    lower = lax_linalg.cholesky(a, symmetrize_input=False)
+    eye = numerics.eye_like(a)
+    half = lax_linalg.triangular_solve(lower, eye, left_side=True, lower=True)
+    return jnp.matmul(numerics.transpose(half), half, precision=precision)
