@@ -302,29 +302,37 @@ def table(path: str | Path) -> str:
         ),
     )
     for name, case in result["compiled"].items():
+        # What differs in the kind of axes alone is one line.
+        alike: dict[str, list[str]] = {}
         for row in case["rows"]:
-            cells = [name, row["axes"].lower(), row["optimizer"]]
-            if "error" in row:
-                kind = row["error"].partition(":")[0]
-                lines.append(_row(*cells, f"raises {kind}", *[""] * 6))
-                continue
-            counts = [f"{n} {kind}" for kind, n in row["collectives"].items()]
-            kept = row["updates_lie_as_parameters"] and row["state_lies_as_before"]
-            cells += [", ".join(counts) or "none"]
-            cells += [f"{row['received_bytes'] / 2**20:.2f}"]
-            # Of an even split, which the peer makes no attempt at.
-            least = case["predicted"]["least_bytes"] / 2**20
-            cells += [f"{least:.2f}" if row["optimizer"] == OURS else ""]
-            cells += [f"{row['dot_flops'] / 1e6:.0f}", f"{row['flops_over_even']:.2f}"]
-            cells += [f"{row['temp_bytes'] / 2**20:.1f}"]
-            lines.append(_row(*cells, "yes" if kept else "no"))
-    lines += ["", *_head("model", "devices", "sharding", "method", "dtype", *_COSTS)]
+            line = _compiled_line(name, row, case["predicted"]["least_bytes"])
+            alike.setdefault(line, []).append(row["axes"].lower())
+        for line, axes in alike.items():
+            lines.append(line.format(axes="both" if len(axes) > 1 else axes[0]))
+    lines += ["", *_head("model", "devices", "sharding", "method", *_COSTS)]
     for name, rows in result["predicted"].items():
         for row in rows:
+            if row["dtype"] != "float32":
+                continue  # Half the bytes, and else the same.
             cells = [name, str(row["devices"]), row["sharding"], row["method"]]
             costs = [f"{row[key] / unit:{form}}" for key, unit, form in _COSTS.values()]
-            lines.append(_row(*cells, row["dtype"], *costs))
+            lines.append(_row(*cells, *costs))
     return "\n".join(lines)
+
+
+def _compiled_line(name: str, row: dict[str, Any], least: float) -> str:
+    """A line of the first table, with a place for the kind of axes."""
+    cells = [name, "{axes}", row["optimizer"]]
+    if "error" in row:
+        return _row(*cells, f"raises {row['error'].partition(':')[0]}", *[""] * 6)
+    counts = [f"{n} {kind}" for kind, n in row["collectives"].items()]
+    kept = row["updates_lie_as_parameters"] and row["state_lies_as_before"]
+    cells += [", ".join(counts) or "none", f"{row['received_bytes'] / 2**20:.2f}"]
+    # Of an even split, which the peer makes no attempt at.
+    cells += [f"{least / 2**20:.2f}" if row["optimizer"] == OURS else ""]
+    cells += [f"{row['dot_flops'] / 1e6:.0f}", f"{row['flops_over_even']:.2f}"]
+    cells += [f"{row['temp_bytes'] / 2**20:.1f}"]
+    return _row(*cells, "yes" if kept else "no")
 
 
 _COSTS = {

@@ -253,8 +253,14 @@ def test_state_survives_a_checkpoint(name, tmp_path):
     chex.assert_trees_all_equal(got, want)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
-@EVERY
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        *((name, AxisType.Explicit) for name in SUBJECTS),
+        # There the types say nothing, and leaves are taken for replicated.
+        *((name, AxisType.Auto) for name in OPTIMIZERS),
+    ],
+)
 def test_sharded_equals_unsharded(name, kind):
     assert jax.device_count() == 8, "nothing is sharded on fewer devices"
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from examples.nanogpt import checkpoint, configs, plot, sharding, train
 
@@ -144,6 +145,7 @@ def test_two_processes_train_as_one_does_and_one_continues_their_run(tmp_path):
         assert_same_run(folder, together)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_ends_both_after_the_same_step(tmp_path):
     folder = tmp_path / "run"
     # SGD, because it compiles fast.

@@ -21,10 +21,10 @@ SMALL = configs.resolve(dataclasses.replace(
 
 # Sizes, kind of axes, micro-batches.
 MESHES = [
-    ("", "auto", 1),
+    pytest.param("", "auto", 1, marks=pytest.mark.slow),
     ("data=2,fsdp=4", "auto", 1),
     ("data=2,fsdp=4", "explicit", 1),
-    ("fsdp=8", "auto", 1),
+    pytest.param("fsdp=8", "auto", 1, marks=pytest.mark.slow),
     ("data=2,fsdp=2,tensor=2", "auto", 1),
     ("data=2,fsdp=2,tensor=2", "explicit", 2),
 ]

@@ -29,6 +29,14 @@ def test_stacks_equal_the_loop(stack_size):
     chex.assert_trees_all_close(run(stack_size), run(1), atol=1e-5)
 
 
+def test_empty_leaves_stay_as_they_are():
+    tree = {"none": jnp.ones((0, 3, 4)), "flat": jnp.ones((4, 0)), "one": jnp.eye(3)}
+    tx = om.orthogonalize("exact")
+    got, _ = jax.jit(tx.update)(tree, tx.init(tree))
+    chex.assert_trees_all_close(got, tree, atol=1e-6)
+    assert len(om.describe_placement(tree, routing=lambda p, x: True).groups) == 1
+
+
 def test_fn_sees_the_stacks_it_should():
     seen = []
 

@@ -131,9 +131,11 @@ def _plans(
     shardings: Sequence[jax.NamedSharding | None],
     stack_size: int | None,
 ) -> list[tuple[Plan, list[int]]]:
-    """A plan for the leaves of each mesh, and which they are."""
+    """A plan for the leaves of each mesh, and which they are; none for empty leaves."""
     by_mesh: dict[Any, list[int]] = {}
     for i, sharding in enumerate(shardings):
+        if not leaves[i].size:
+            continue
         by_mesh.setdefault(sharding.mesh if sharding else None, []).append(i)
     plans = []
     for indices in by_mesh.values():

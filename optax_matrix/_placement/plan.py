@@ -226,14 +226,12 @@ class Plan:
       mesh: The mesh; None for one device.
       specs: The partition of every leaf.
       views: How a device cuts what it holds of a leaf into matrices.
-      kinds: For every leaf the kinds of its stacks.
       groups: The work, a group after the other.
     """
 
     mesh: Mesh | None
     specs: tuple[jax.P, ...]
     views: tuple[MatrixView, ...]
-    kinds: tuple[tuple[Kind, ...], ...]
     groups: tuple[Group, ...]
 
 
@@ -273,7 +271,7 @@ def make_plan(
         for key, sources in _alike(leaves, locals_, kinds, method, shape).items()
         for group in _rounds(key, sources, shape, method, stack_size)
     ]
-    return Plan(mesh, tuple(specs), tuple(locals_), tuple(kinds), tuple(groups))
+    return Plan(mesh, tuple(specs), tuple(locals_), tuple(groups))
 
 
 def _local(leaf: Leaf) -> tuple[MatrixView, tuple[Kind, ...]]:
