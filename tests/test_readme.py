@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import nanogpt_sweep
+from benchmarks import collectives, nanogpt_sweep, step_time
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,3 +44,14 @@ def test_the_table_is_that_of_the_raw_results():
     text = (ROOT / "README.md").read_text()
     (path,) = set(re.findall(r"\((benchmarks/results/nanogpt\S+?\.json)\)", text))
     assert nanogpt_sweep.table(ROOT / path) in text
+
+
+def test_the_tables_of_the_docs_are_those_of_the_raw_results():
+    text = (ROOT / "docs" / "sharding.md").read_text()
+    results = ROOT / "benchmarks" / "results"
+    tables = collectives.table(results / "collectives_2026-11-22.json")
+    for table in tables.split("\n\n"):
+        assert table in text
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    for name in ("gpt384_2026-11-22", "2026-11-22"):
+        assert step_time.table(results / f"step_time_{name}.json").strip() in text
