@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 
 from benchmarks import collectives
 
+pytestmark = pytest.mark.slow
 STACKED = "stacked, by inputs"  # few leaves: what takes time is compiling
 
 

@@ -159,8 +159,14 @@ def small_step():
     return graph, params, windows
 
 
-# Of the elementwise ones two: that all of them descend is tested with the registry.
-@pytest.mark.parametrize("name", [*sorted(om.MATRIX_OPTIMIZERS), "adamw", "lion"])
+# That every optimizer descends is tested with the registry.
+FEW = ["muon", "muonh", "hopper", "adamw"]
+MORE = [*sorted(om.MATRIX_OPTIMIZERS - set(FEW)), "lion"]
+
+
+@pytest.mark.parametrize(
+    "name", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+)
 def test_optimizers_train_the_model(name, small_step):
     graph, params, windows = small_step
     config = configs.resolve(dataclasses.replace(SMALL, optimizer=name))

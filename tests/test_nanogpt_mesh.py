@@ -25,7 +25,7 @@ MESHES = [
     ("data=2,fsdp=4", "auto", 1),
     ("data=2,fsdp=4", "explicit", 1),
     pytest.param("fsdp=8", "auto", 1, marks=pytest.mark.slow),
-    ("data=2,fsdp=2,tensor=2", "auto", 1),
+    pytest.param("data=2,fsdp=2,tensor=2", "auto", 1, marks=pytest.mark.slow),
     ("data=2,fsdp=2,tensor=2", "explicit", 2),
 ]
 

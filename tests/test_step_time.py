@@ -13,6 +13,8 @@ import pytest
 import optax_matrix as om
 from benchmarks import step_time
 
+pytestmark = pytest.mark.slow
+
 TINY = step_time.ShapeSet(
     (
         step_time.Kernel("qk", 24, (24, 8)),

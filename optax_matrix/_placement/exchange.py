@@ -47,7 +47,7 @@ def bring(group: Group, units: Sequence[Sequence[Array]]) -> list[Array]:
             else:
                 own = _assembled(group, batch.unit, sent[:, first:last])
             flat = jnp.reshape(own, (-1, *batch.unit.shape))
-            found.append(_turned(group, batch, flat))
+            found.append(turned(flat, batch.kind, group.turned))
         placed.append(_merged(group, lot, found))
     return placed
 
@@ -59,7 +59,7 @@ def take_back(group: Group, matrices: Sequence[Array]) -> list[list[Array]]:
     for lot, x in zip(group.lots, matrices, strict=True):
         found = []
         for batch in lot.batches:
-            own = _turned(group, batch, x[slice(*_slots(batch, w))])
+            own = turned(x[slice(*_slots(batch, w))], batch.kind, group.turned)
             whole = jnp.reshape(own, (-1, *batch.unit.whole))
             if group.exchanged:
                 # (slots, devices, entries), to be chosen among like all slots
@@ -122,10 +122,10 @@ def _merged(group: Group, lot: Lot, found: Sequence[Array]) -> Array:
     return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
 
 
-def _turned(group: Group, batch: Batch, x: Array) -> Array:
-    """Wide matrices from tall ones, and tall ones back from those."""
-    m, n = batch.kind.shape
-    return jnp.swapaxes(x, -2, -1) if group.turned and m > n else x
+def turned(x: Array, kind: Kind, turn: bool) -> Array:
+    """Wide matrices from tall ones, and tall ones back from those, if `turn`."""
+    m, n = kind.shape
+    return jnp.swapaxes(x, -2, -1) if turn and m > n else x
 
 
 def _copied(group: Group, kind: Kind) -> tuple[str, ...]:

@@ -67,16 +67,17 @@ def _on_group(
     if group.devices == 1:
         # A loop takes tall matrices as they are; a stack is of one shape.
         turn = group.turned and group.stack_size > 1
-        whole = [
-            _turned(_flat(taken(source, batch.kind), batch.kind), batch.kind, turn)
-            for batch, source in pairs
-        ]
+        whole = []
+        for batch, source in pairs:
+            flat = jnp.reshape(taken(source, batch.kind), (-1, *batch.kind.shape))
+            whole.append(exchange.turned(flat, batch.kind, turn))
         fn = _on_matrices(group.batches[0].kind, polar)
         done = over_matrices(fn, whole, group.stack_size)
-        return [
-            (source, jnp.reshape(_turned(x, batch.kind, turn), (-1, *batch.kind.sizes)))
-            for (batch, source), x in zip(pairs, done, strict=True)
-        ]
+        results = []
+        for (batch, source), x in zip(pairs, done, strict=True):
+            back = exchange.turned(x, batch.kind, turn)
+            results.append((source, jnp.reshape(back, (-1, *batch.kind.sizes))))
+        return results
 
     def held(batch: Batch) -> Array:
         units = [taken(source, batch.kind) for source in batch.sources]
@@ -118,17 +119,6 @@ def _pooled(
         done = jnp.zeros_like(pool).at[mine].set(done)
     ends = np.cumsum([x.shape[0] for x in slots])
     return jnp.split(done, ends[:-1])
-
-
-def _flat(units: Array, kind: Kind) -> Array:
-    """Units (count, *axes) that are whole as matrices (count, m, n)."""
-    return jnp.reshape(units, (units.shape[0], *kind.shape))
-
-
-def _turned(x: Array, kind: Kind, turn: bool = True) -> Array:
-    """Wide matrices from tall ones, and tall ones back from those."""
-    m, n = kind.shape
-    return jnp.swapaxes(x, -2, -1) if turn and m > n else x
 
 
 def _on_matrices(kind: Kind, polar: Polar) -> Polar:
