@@ -18,6 +18,8 @@ import pytest
 
 from examples.nanogpt import checkpoint, configs, plot, sharding, train
 
+pytestmark = pytest.mark.slow  # Processes that start and compile, three at a time.
+
 ROOT = Path(__file__).resolve().parents[1]
 MESH, STEPS, MIDDLE = "data=2,fsdp=4", 6, 3
 
@@ -145,7 +147,6 @@ def test_two_processes_train_as_one_does_and_one_continues_their_run(tmp_path):
         assert_same_run(folder, together)
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_process_ends_both_after_the_same_step(tmp_path):
     folder = tmp_path / "run"
     # SGD, because it compiles fast.
