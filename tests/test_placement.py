@@ -408,6 +408,6 @@ def test_bad_placements_say_what_is_wrong():
     tx = om.orthogonalize(placement=om.Placement({"odd": rows}))
     odd = {"odd": jnp.ones((12, 8))}
     with pytest.raises(ValueError, match=r"axis 0 into 8 at 'odd', shape \(12, 8\)"):
-        tx.update(odd, tx.init(odd))
+        tx.init(odd)
     with pytest.raises(ValueError, match="`sharding` has no entry for 'other'"):
-        tx.update(odd | {"other": jnp.ones((8, 8))}, optax.EmptyState())
+        tx.init(odd | {"other": jnp.ones((8, 8))})

@@ -14,7 +14,7 @@ from optax_matrix._placement import work
 from optax_matrix._placement.cost import PlacementDescription, group_cost
 from optax_matrix._placement.plan import Leaf, Plan, make_plan
 
-__all__ = ["Placement", "PlacementDescription", "describe", "polar"]
+__all__ = ["Placement", "PlacementDescription", "check", "describe", "polar"]
 
 
 def _sharding(leaf: Any) -> Any:
@@ -107,6 +107,17 @@ def polar(
         for i, done in zip(indices, _run(plan, method, *given), strict=True):
             results[i] = _mesh.like(done, leaves[i]) if plan.mesh is None else done
     return results
+
+
+def check(
+    method: _linalg.PolarMethod,
+    views: Sequence[MatrixView],
+    leaves: Sequence[Any],
+    shardings: Sequence[jax.NamedSharding | None],
+    stack_size: int | None = None,
+) -> None:
+    """Raises what `polar` would raise about shardings; leaves may be descriptions."""
+    _plans(method, views, leaves, shardings, stack_size)
 
 
 def describe(

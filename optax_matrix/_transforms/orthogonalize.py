@@ -41,17 +41,19 @@ def orthogonalize(
     polar = _linalg.as_method(method)
     place = placement or _placement.Placement()
 
+    def fitted(tree: optax.Params) -> tuple:
+        pairs = _layout.tree_views(layout, tree)
+        views, leaves = [view for view, _ in pairs], [leaf for _, leaf in pairs]
+        return polar, views, leaves, place.of(tree), place.stack_size
+
     def init(params: optax.Params) -> optax.EmptyState:
-        _layout.tree_views(layout, params)  # A leaf that does not fit raises here.
+        # A leaf that does not fit its layout or its sharding raises here.
+        _placement.check(*fitted(params))
         return optax.EmptyState()
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        pairs = _layout.tree_views(layout, updates)
-        views, leaves = [view for view, _ in pairs], [leaf for _, leaf in pairs]
-        done = _placement.polar(
-            polar, views, leaves, place.of(updates), place.stack_size
-        )
+        done = _placement.polar(*fitted(updates))
         return jax.tree.unflatten(jax.tree.structure(updates), done), state
 
     return optax.GradientTransformationExtraArgs(init, update)
