@@ -46,7 +46,7 @@ from examples.nanogpt import record
 
 PEER = "optax.contrib.muon"
 ROLLFAST = "rollfast.muon"
-COMPILATIONS = 3
+COMPILATIONS = 5
 WARM_UP = 2
 
 Leaves = dict[str, jax.Array]
@@ -179,17 +179,20 @@ class Step:
     def __init__(self, contender: Contender, grads: Leaves, params: Leaves):
         # Through jit every leaf gets a buffer of its own, as donation asks for.
         self.state = jax.jit(contender.tx.init)(params)
+        self.update = contender.tx.update
         self.grads, self.params = grads, params
         self.raw = {"lowering_seconds": [], "compile_seconds": []}
-        for _ in range(COMPILATIONS):
-            jax.clear_caches()
-            update = jax.jit(contender.tx.update, donate_argnums=1)
-            begin = time.perf_counter()
-            lowered = update.lower(grads, self.state, params)
-            middle = time.perf_counter()
-            self.compiled = lowered.compile()
-            self.raw["lowering_seconds"].append(middle - begin)
-            self.raw["compile_seconds"].append(time.perf_counter() - middle)
+
+    def compile(self) -> None:
+        """Compiles the update once more, and from nothing."""
+        jax.clear_caches()
+        update = jax.jit(self.update, donate_argnums=1)
+        begin = time.perf_counter()
+        lowered = update.lower(self.grads, self.state, self.params)
+        middle = time.perf_counter()
+        self.compiled = lowered.compile()
+        self.raw["lowering_seconds"].append(middle - begin)
+        self.raw["compile_seconds"].append(time.perf_counter() - middle)
 
     def __call__(self) -> Leaves:
         """Returns the updates, which are alive together with the new state."""
@@ -246,12 +249,12 @@ def probe(product: Product, count: int, seed: int, dtype: str) -> Callable[[], A
 
 
 def interleave(
-    programs: dict[str, Callable[[], Any]], repeats: int
+    programs: dict[str, Callable[[], Any]], repeats: int, warm_up: int = WARM_UP
 ) -> dict[str, list[float]]:
     """Seconds of each program in each repeat."""
     names = list(programs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for repeat in range(-WARM_UP, repeats):
+    for repeat in range(-warm_up, repeats):
         gc.collect()
         turn = repeat % len(names)
         for name in names[turn:] + names[:turn]:
@@ -262,6 +265,12 @@ def interleave(
             if repeat >= 0:
                 seconds[name].append(end - begin)
     return seconds
+
+
+def quartiles(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """Of the quotients of what was measured in the same repeats."""
+    found = np.quantile(np.divide(above, below), (0.25, 0.5, 0.75)).tolist()
+    return dict(zip(("q1", "median", "q3"), found, strict=True))
 
 
 def measure(shapes: ShapeSet, repeats: int, seed: int, dtype: str) -> dict[str, Any]:
@@ -281,6 +290,8 @@ def measure(shapes: ShapeSet, repeats: int, seed: int, dtype: str) -> dict[str, 
         if contender.fused:
             trees = (shapes.fuse(grads), shapes.fuse(params))
         steps[name] = Step(contender, *trees)
+    compile_each = {name: step.compile for name, step in steps.items()}
+    interleave(compile_each, COMPILATIONS, warm_up=0)
     seconds = interleave({**steps, **probes}, repeats)
 
     matmul, mix_seconds, mix_flops = {}, 0.0, 0
@@ -297,13 +308,14 @@ def measure(shapes: ShapeSet, repeats: int, seed: int, dtype: str) -> dict[str, 
     rate = mix_flops / mix_seconds
     rows = {}
     for name, step in steps.items():
-        ratios = np.divide(seconds[PEER], seconds[name])
-        q1, middle, q3 = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
         median = statistics.median(seconds[name])
         row = {
             "fused": found[name].fused,
             "median_seconds": median,
-            "speedup": {"q1": q1, "median": middle, "q3": q3},
+            "speedup": quartiles(seconds[PEER], seconds[name]),
+            "compile_ratio": quartiles(
+                step.raw["compile_seconds"], steps[PEER].raw["compile_seconds"]
+            ),
             **step.report(),
         }
         if row["dot_flops"] is not None:
@@ -338,6 +350,8 @@ def environment() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "device_kind": jax.devices()[0].device_kind,
         "xla_flags": os.environ.get("XLA_FLAGS"),
+        # LAPACK's own threads get in the way of XLA's: see README.md.
+        "openblas_num_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
     }
 
 
@@ -370,7 +384,9 @@ def table(path: str | Path) -> str:
     """The results as Markdown, a table for each set."""
     head = (
         "| contender | ms | speed-up (quartiles) | GFLOP in dots | share at matmul rate"
-        " | temporary MiB | lowering s | compile s |\n" + "| --- " * 8 + "|"
+        " | temporary MiB | lowering s | compile s | of the peer's (quartiles) |\n"
+        + "| --- " * 9
+        + "|"
     )
     lines = []
     for name, measured in json.loads(Path(path).read_text())["sets"].items():
@@ -378,13 +394,16 @@ def table(path: str | Path) -> str:
         lines += [f"{name}, {measured['matrices']} matrices, {rate}:\n", head]
         for contender, row in measured["contenders"].items():
             speed, share = row["speedup"], row.get("share_at_matmul_peak", math.nan)
+            compiling = row["compile_ratio"]
             dots = math.nan if row["dot_flops"] is None else row["dot_flops"]
             lines.append(
                 f"| {contender} | {row['median_seconds'] * 1e3:.4g} "
                 f"| {speed['median']:.2f} ({speed['q1']:.2f} to {speed['q3']:.2f}) "
                 f"| {dots / 1e9:.4g} | {share:.2f} "
                 f"| {(row['temp_bytes'] or 0) / 2**20:.1f} "
-                f"| {row['lowering_seconds']:.2f} | {row['compile_seconds']:.2f} |"
+                f"| {row['lowering_seconds']:.2f} | {row['compile_seconds']:.2f} "
+                f"| {compiling['median']:.2f} "
+                f"({compiling['q1']:.2f} to {compiling['q3']:.2f}) |"
             )
         out = measured["left_out"].items()
         lines += [f"\n{who} is left out ({why})" for who, why in out]

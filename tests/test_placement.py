@@ -66,7 +66,7 @@ CASES = {
     ),
     "mixed counts": (
         TWO,
-        many(5, (16, 64), P("d", "f")) | {"t": ((3, 64, 16), P(None, "f"))},
+        many(12, (16, 64), P("d", "f")) | {"t": ((12, 64, 16), P(None, "f"))},
         {"all-to-all": 2},
         1,
     ),

@@ -78,7 +78,8 @@ def halley(
 
     Cost:
       `halley_flops`: per step two rectangular products, and one Cholesky factorization
-      and explicit inverse of the small side.
+      and explicit inverse of the small side. On CPU the factorization is OpenBLAS's:
+      set ``OPENBLAS_NUM_THREADS=1``, or its threads and XLA's wait for each other.
 
     References:
       Nakatsukasa, Bai and Gygi, 2010, `Optimizing Halley's iteration for computing the

@@ -25,7 +25,8 @@ def over_matrices(
       One array of results for each of `arrays`.
     """
     if stack_size == 1:
-        return [_looped(fn, x) for x in arrays]
+        once = jax.jit(fn)  # traced for the first matrix, and not for every one
+        return [_looped(once, x) for x in arrays]
     whole = arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
     count = whole.shape[0]
     if count <= stack_size:
