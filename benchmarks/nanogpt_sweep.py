@@ -30,11 +30,17 @@ CENTRES = {
     "muonh": 0.03,
     "normuon": 0.03,
     "hopper": 6e-3,
+    "shampoo": 4e-3,
+    "soap": 4e-3,
+    "kl_soap": 4e-3,
+    "soap_muon": 0.03,
 }
 FINAL_SEEDS = (1, 2, 3)
 
 
-def train_once(optimizer: str, lr: float, seed: int, preset: str) -> dict[str, Any]:
+def train_once(
+    optimizer: str, lr: float, seed: int, preset: str, val_every: int
+) -> dict[str, Any]:
     """One run in a process with one thread: two at a time are then two cores' work."""
     os.environ["XLA_FLAGS"] = (
         "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
@@ -48,6 +54,7 @@ def train_once(optimizer: str, lr: float, seed: int, preset: str) -> dict[str, A
         optimizer=optimizer,
         lr=lr,
         seed=seed,
+        val_every=val_every,
         out=None,
         quiet=True,
         sample=0,
@@ -87,7 +94,8 @@ def sweep(args: argparse.Namespace) -> None:
     context = multiprocessing.get_context("spawn")
 
     def run(pool: Any, optimizer: str, lr: float, seed: int) -> None:
-        result = pool.submit(train_once, optimizer, lr, seed, args.preset).result()
+        settings = (optimizer, lr, seed, args.preset, args.val_every)
+        result = pool.submit(train_once, *settings).result()
         with lock:
             runs.append(result)
             partial = path.with_suffix(".partial")
@@ -158,6 +166,7 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", default=list(CENTRES))
     parser.add_argument("--trials", type=int, default=4, help="learning rates each")
     parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--val-every", type=int, default=100, help="steps between")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     args = parser.parse_args()
     if args.table:

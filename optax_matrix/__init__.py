@@ -1,7 +1,7 @@
 """Matrix-aware optimizers for JAX, as composable Optax transformations."""
 
 from optax_matrix import diagnostics
-from optax_matrix._accounting import describe_placement
+from optax_matrix._accounting import describe_placement, describe_state
 from optax_matrix._layout import MatrixLayout
 from optax_matrix._linalg import Exact, Halley, NewtonSchulz
 from optax_matrix._optimizers import (
@@ -9,12 +9,17 @@ from optax_matrix._optimizers import (
     OPTIMIZERS,
     adamh,
     adamuon,
+    distributed_shampoo,
     hopper,
+    kl_soap,
     make_optimizer,
     muon,
     muonh,
     muonw,
     normuon,
+    shampoo,
+    soap,
+    soap_muon,
 )
 from optax_matrix._placement import Placement
 from optax_matrix._routing import describe, partition, route
@@ -22,16 +27,22 @@ from optax_matrix._transforms import (
     add_cautious_weight_decay,
     ema_momentum,
     floor_update_ratio,
+    graft_to,
     hyperball_retract,
+    kl_shampoo_precondition,
+    kl_soap_precondition,
     match_rms,
     normalize_frobenius,
     orthogonalize,
     orthogonalize_exact,
     orthogonalize_halley,
     orthogonalize_newton_schulz,
+    precondition_then_orthogonalize,
     scale_by_neuron_variance,
     scale_by_shape,
     scale_by_variance,
+    shampoo_precondition,
+    soap_precondition,
     switch_at,
 )
 
@@ -48,11 +59,17 @@ __all__ = [
     "add_cautious_weight_decay",
     "describe",
     "describe_placement",
+    "describe_state",
     "diagnostics",
+    "distributed_shampoo",
     "ema_momentum",
     "floor_update_ratio",
+    "graft_to",
     "hopper",
     "hyperball_retract",
+    "kl_shampoo_precondition",
+    "kl_soap",
+    "kl_soap_precondition",
     "make_optimizer",
     "match_rms",
     "muon",
@@ -65,9 +82,15 @@ __all__ = [
     "orthogonalize_halley",
     "orthogonalize_newton_schulz",
     "partition",
+    "precondition_then_orthogonalize",
     "route",
     "scale_by_neuron_variance",
     "scale_by_shape",
     "scale_by_variance",
+    "shampoo",
+    "shampoo_precondition",
+    "soap",
+    "soap_muon",
+    "soap_precondition",
     "switch_at",
 ]

@@ -439,6 +439,23 @@ def view(shape: Sequence[int], spec: LayoutSpec = None, path: str = "") -> Matri
     )
 
 
+def blocked(view: MatrixView, size: int) -> MatrixView:
+    """Returns the view with blocks wider than `size` cut, the last piece uneven."""
+
+    def cut(widths: tuple[int, ...]) -> tuple[int, ...]:
+        pieces = []
+        for width in widths:
+            whole, rest = divmod(width, size)
+            pieces += [size] * whole + [rest] * (rest > 0)
+        return tuple(pieces)
+
+    return dataclasses.replace(
+        view,
+        input_widths=cut(view.input_widths),
+        output_widths=cut(view.output_widths),
+    )
+
+
 def _is_entry(node: Any) -> bool:
     return isinstance(node, MuonDimensionNumbers | optax.MaskedNode)
 

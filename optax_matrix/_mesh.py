@@ -24,7 +24,20 @@ def seen(x: Any) -> jax.NamedSharding | None:
     return jax.NamedSharding(mesh, jax.P()) if _only(mesh, AxisType.Auto) else None
 
 
-def _only(mesh: jax.sharding.AbstractMesh, kind: AxisType) -> bool:
+def typed(x: Any) -> jax.NamedSharding | None:
+    """Where `x` lies by its type; None on a mesh with auto axes, or on one device.
+
+    The same inside and outside of `jax.jit`, which `seen` is not.
+    """
+    traced = isinstance(x, jax.core.Tracer)
+    sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
+    if not isinstance(sharding, jax.NamedSharding):
+        # Once traced in this context it will be on all devices of its mesh.
+        sharding = jax.NamedSharding(jax.sharding.get_abstract_mesh(), jax.P())
+    return sharding if _only(sharding.mesh, AxisType.Explicit) else None
+
+
+def _only(mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh, kind: AxisType) -> bool:
     return not mesh.empty and all(axis is kind for axis in mesh.axis_types)
 
 

@@ -1,6 +1,7 @@
 """Names of leaves, and trees of labels matched to a tree by name."""
 
 import collections
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeGuard
 
@@ -41,12 +42,29 @@ def _flatten(
     ]
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Absent:
+    """An empty node for a leaf that was left out; its name and shape are evidence."""
+
+    shape: tuple[int, ...]
+
+
+def _is_absent(node: Any) -> bool:
+    return isinstance(node, Absent)
+
+
 def _is_empty(node: Any) -> bool:
-    return jax.tree.structure(node).num_leaves == 0
+    """Whether there is nothing below `node`, neither leaves nor `Absent` nodes."""
+    if _is_absent(node):
+        return True
+    if jax.tree.structure(node).num_leaves:
+        return False
+    return not jax.tree.leaves(node, is_leaf=_is_absent)
 
 
 class Place(NamedTuple):
-    """A leaf of a tree, or an empty node: None, `optax.MaskedNode`, ``{}``."""
+    """A leaf, or an empty node: None, `optax.MaskedNode`, `Absent`, ``{}``."""
 
     segments: tuple[str, ...]
     leaf: Any

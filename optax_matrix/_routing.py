@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_matrix import _layout, _paths, _rules
+from optax_matrix import _layout, _paths, _rules, _table
 from optax_matrix._layout import MatrixLayout, MuonDimensionNumbers
 
 # What a predicate or a tree of labels may say of a leaf.
@@ -48,9 +48,9 @@ def _from_label(label: Any, reason: str, path: str) -> _rules.Decision:
 
 
 def _by_predicate(
-    predicate: Callable[[str, Any], Label], places: list[_paths.Place]
+    predicate: Callable[[str, Any], Label], places: list[_paths.Place], params: Any
 ) -> list[_rules.Decision]:
-    defaults = _by_rules(places)
+    defaults = _by_rules(params)
     decisions = []
     for place, default in zip(places, defaults, strict=True):
         label = predicate(place.name, place.leaf)
@@ -78,13 +78,22 @@ def _by_tree(routing: Any, params: Any) -> list[_rules.Decision]:
     return decisions
 
 
-def _by_rules(places: list[_paths.Place]) -> list[_rules.Decision]:
+def _by_rules(params: Any) -> list[_rules.Decision]:
+    """The rules' decision on each leaf; those left out are evidence like the others."""
+    places = [
+        place
+        for place in _paths.places(params)
+        if not place.empty or isinstance(place.leaf, _paths.Absent)
+    ]
     leaves = [
         # Haiku's keys, and some of Linen's, have slashes of their own.
-        _rules.Leaf(tuple("/".join(p.segments).split("/")), _shape(p.leaf))
+        _rules.Leaf(
+            tuple(p.name.split("/")), p.leaf.shape if p.empty else _shape(p.leaf)
+        )
         for p in places
     ]
-    return _rules.decide(leaves)
+    decisions = zip(places, _rules.decide(leaves), strict=True)
+    return [decision for place, decision in decisions if not place.empty]
 
 
 def _decide(
@@ -93,9 +102,9 @@ def _decide(
     """Every leaf's place, decision, and matrix view if it has one; raises if unsure."""
     places = [place for place in _paths.places(params) if not place.empty]
     if routing is None:
-        decisions = _by_rules(places)
+        decisions = _by_rules(params)
     elif _paths.is_function(routing):
-        decisions = _by_predicate(routing, places)
+        decisions = _by_predicate(routing, places, params)
     else:
         decisions = _by_tree(routing, params)
     rows = list(zip(places, decisions, strict=True))
@@ -232,7 +241,7 @@ def partition(
 
 
 def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
+    return isinstance(node, optax.MaskedNode | _paths.Absent)
 
 
 def _check_some_matrix(params: Any, routing: Routing) -> None:
@@ -287,7 +296,7 @@ class Description:
     def __str__(self) -> str:
         """Returns the table, totals last."""
         header = ("path", "shape", "matrices", "optimizer", "parameters", "reason")
-        table = [
+        rows = [
             (
                 row.path,
                 str(row.shape),
@@ -298,20 +307,14 @@ class Description:
             )
             for row in self.rows
         ]
+        totals = []
         for name, parameters in self.totals.items():
             leaves = sum(name in (row.optimizer, "total") for row in self.rows)
             first = "total" if name == "total" else ""
             optimizer = "" if name == "total" else name
             size = f"{parameters:,}"
-            table.append((first, f"{leaves} leaves", "", optimizer, size, ""))
-        widths = [max(map(len, column)) for column in zip(header, *table, strict=True)]
-        lines = []
-        for cells in (header, *table):
-            padded = [cell.ljust(w) for cell, w in zip(cells, widths, strict=True)]
-            padded[4] = cells[4].rjust(widths[4])
-            lines.append("  ".join(padded).rstrip())
-        rule = "-" * max(map(len, lines))
-        return "\n".join([lines[0], rule, *lines[1:-3], rule, *lines[-3:]])
+            totals.append((first, f"{leaves} leaves", "", optimizer, size, ""))
+        return _table.aligned(header, rows, totals, right={4})
 
 
 def _view_text(view: _layout.MatrixView | None) -> str:

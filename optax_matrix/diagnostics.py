@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_matrix import _layout, _mesh
-from optax_matrix._transforms import _numerics
+from optax_matrix import _layout, _mesh, _paths
+from optax_matrix._transforms import Health, _numerics
 
 __all__ = [
+    "check_refreshes",
     "orthogonality_error",
     "participation_ratio",
+    "refreshes",
     "root_mean_square",
     "rotation_angle",
     "signal_to_noise",
@@ -229,6 +231,54 @@ def signal_to_noise(first: Any, second: Any, *, eps: ArrayLike = 1e-30) -> Any:
         return jnp.abs(m) * jax.lax.rsqrt(v + _numerics.as_scalar(eps, v))
 
     return jax.tree.map(ratio, first, second)
+
+
+def refreshes(state: Any) -> dict[str, Health]:
+    """How the refreshes of roots and bases went, in any state that has some. *Cheap.*
+
+    Args:
+      state: The state of an optimizer with `shampoo_precondition`, `soap_precondition`
+        or a KL rule in it.
+
+    Returns:
+      By the place in the state, as in ``matrices/384x1536/left``, an array of each kind
+      with one number a matrix of that shape: ``failures``, how many refreshes in a row
+      failed by now, and ``stuck``, whether that ever were ``max_failures``. Empty if
+      there is no preconditioner.
+    """
+
+    def is_health(node: Any) -> bool:
+        return isinstance(node, Health)
+
+    nodes, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_health)
+    found = [(path, node) for path, node in nodes if is_health(node)]
+    return {_paths.path_name(path[:-1]): node for path, node in found}
+
+
+def check_refreshes(state: Any) -> dict[str, Health]:
+    """Raises if a preconditioner has stopped working; outside of `jax.jit`.
+
+    Args:
+      state: As of `refreshes`.
+
+    Returns:
+      What `refreshes` does.
+
+    Raises:
+      RuntimeError: If any matrix is ``stuck``, with its place in the state.
+    """
+    found, stuck = refreshes(state), {}
+    for name, health in found.items():
+        where = [int(i) for i in jnp.flatnonzero(jnp.ravel(health.stuck))]
+        if where:
+            stuck[name] = where
+    if stuck:
+        raise RuntimeError(
+            "Roots or bases could not be refreshed `max_failures` times in a row; the "
+            f"last good ones are in use. Stacks and matrices of them: {stuck}. Look "
+            "for non-finite or vanishing gradients, or raise `damping`."
+        )
+    return found
 
 
 def _per_matrix(

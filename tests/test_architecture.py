@@ -15,6 +15,7 @@ LEVELS = {
     "_check": 0,
     "_mesh": 0,
     "_paths": 0,
+    "_table": 0,
     "_linalg": 1,
     "_layout": 2,
     "_placement": 3,
@@ -115,5 +116,6 @@ def test_registry_names_the_whole_ladder():
         *("sgd", "momentum", "adagrad", "rmsprop", "adam", "adam_l2", "adamw"),
         *("sign_sgd", "lion"),
         *("muon", "muonw", "muonh", "adamh", "adamuon", "normuon", "hopper"),
+        *("shampoo", "distributed_shampoo", "soap", "kl_soap", "soap_muon"),
     ]
     assert om.OPTIMIZERS["adamw"] is optax.adamw

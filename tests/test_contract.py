@@ -1,5 +1,6 @@
 """What every public transformation and optimizer promises, on trees with matrices."""
 
+import functools
 import inspect
 
 import chex
@@ -32,13 +33,34 @@ TRANSFORMS = {
     "add_cautious_weight_decay": lambda: om.add_cautious_weight_decay(0.1),
     "floor_update_ratio": om.floor_update_ratio,
     "switch_at": lambda: om.switch_at(2, om.match_rms(), om.ema_momentum()),
+    # Damped so that rounding, of which small eigenvalues are made, does not show.
+    "shampoo_precondition": functools.partial(om.shampoo_precondition, damping=1e-2),
+    "soap_precondition": om.soap_precondition,
+    "kl_soap_precondition": om.kl_soap_precondition,
+    "kl_shampoo_precondition": om.kl_shampoo_precondition,
+    "graft_to": lambda: om.graft_to(optax.scale_by_adam(), om.ema_momentum()),
+    "precondition_then_orthogonalize": lambda: om.precondition_then_orthogonalize(
+        om.ema_momentum()
+    ),
 }
 OPTIMIZERS = {
     name: (lambda factory=om.OPTIMIZERS[name]: factory(LR))
     for name in sorted(om.MATRIX_OPTIMIZERS)
 }
 SUBJECTS = TRANSFORMS | OPTIMIZERS
-EVERY = pytest.mark.parametrize("name", SUBJECTS)
+# Long to compile, and made of stages that others here have as well.
+SLOW = {"kl_shampoo_precondition", "kl_soap", "soap_muon", "distributed_shampoo"}
+
+
+def named(names, *rest):
+    """A parameter for each name, marked slow where it is."""
+    return [
+        pytest.param(n, *rest, marks=[pytest.mark.slow] if n in SLOW else [])
+        for n in names
+    ]
+
+
+EVERY = pytest.mark.parametrize("name", named(SUBJECTS))
 
 
 def tree(name, dtype="float32", seed=0):
@@ -59,6 +81,14 @@ def jitted(tx):
     return jax.jit(tx.update)
 
 
+def started(name, tx, params):
+    """The first state of which an update is not zero."""
+    state = tx.init(params)
+    if "soap" in name or "kl_" in name:
+        _, state = jitted(tx)(params, state, params)
+    return state
+
+
 def assert_close(got, want, atol=1e-5):
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=atol)
 
@@ -74,14 +104,14 @@ def test_the_contract_covers_every_public_transformation():
     assert factories - {"make_optimizer", "partition"} == set(SUBJECTS)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", named(OPTIMIZERS))
 def test_the_matrix_path_runs(name):
     # What the auxiliary optimizer would do to a kernel is not what happens to it, and
     # what it does to the other leaves is.
     params, grads = tree(name), tree(name, seed=1)
     tx, auxiliary = SUBJECTS[name](), optax.adamw(LR, b2=0.95, weight_decay=0.0)
-    got, _ = jitted(tx)(grads, tx.init(params), params)
-    adam, _ = jitted(auxiliary)(grads, auxiliary.init(params), params)
+    got, _ = jitted(tx)(grads, started(name, tx, params), params)
+    adam, _ = jitted(auxiliary)(grads, started(name, auxiliary, params), params)
     for key in ("tall", "wide", "experts"):
         assert jnp.abs(got[key]["kernel"] - adam[key]["kernel"]).max() > 1e-3
     assert_close(got["norm"], adam["norm"])
@@ -145,7 +175,7 @@ def test_zero_gradients_give_finite_updates(name):
         got, state = update(zeros, state, params)
         chex.assert_tree_all_finite((got, state))
     # A zero gradient moves nothing but what decays.
-    if name not in {"muonw", "add_cautious_weight_decay"}:
+    if name not in {"muonw", "add_cautious_weight_decay", "soap", "kl_soap"}:
         chex.assert_trees_all_close(got, zeros, atol=1e-6)
 
 
@@ -154,8 +184,9 @@ def test_a_nan_spoils_its_own_matrix_only(name):
     tx, params, grads = SUBJECTS[name](), tree(name), tree(name, seed=1)
     bad = grads["experts"]["kernel"].at[0, 1, 1].set(jnp.nan)
     update = jitted(tx)
-    want, _ = update(grads, tx.init(params), params)
-    got, _ = update(grads | {"experts": {"kernel": bad}}, tx.init(params), params)
+    state = started(name, tx, params)
+    want, _ = update(grads, state, params)
+    got, _ = update(grads | {"experts": {"kernel": bad}}, state, params)
     assert not jnp.isfinite(got["experts"]["kernel"][0]).all()
     # Another program's worth of rounding: XLA may fuse around the NaN check.
     assert_close(got["experts"]["kernel"][1], want["experts"]["kernel"][1])
@@ -163,30 +194,44 @@ def test_a_nan_spoils_its_own_matrix_only(name):
     assert_close({k: got[k] for k in others}, {k: want[k] for k in others})
 
 
+# Of other transformations, or without defaults.
+COMBINED = {
+    "switch_at",
+    "add_cautious_weight_decay",
+    "graft_to",
+    "precondition_then_orthogonalize",
+}
 STRUCTURAL = {
     "orthogonalize_newton_schulz": ("steps",),
     "orthogonalize_halley": ("steps", "lower_bound"),
     "hopper": ("ns_steps",),
+    "shampoo_precondition": ("start", "refresh", "max_dim", "exponents"),
+    "soap_precondition": ("refresh", "max_dim"),
+    "kl_soap_precondition": ("refresh", "max_dim"),
+    "kl_shampoo_precondition": ("refresh", "max_dim"),
+    "shampoo": ("start", "refresh"),
+    "distributed_shampoo": ("start", "refresh", "block_size"),
+    "soap": ("refresh",),
+    "kl_soap": ("refresh",),
+    "soap_muon": ("refresh",),
 }
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in SUBJECTS if n not in {"switch_at", "add_cautious_weight_decay"}]
-)
+@pytest.mark.parametrize("name", named(n for n in SUBJECTS if n not in COMBINED))
 def test_hyperparameters_can_be_injected(name):
     factory = TRANSFORMS.get(name) or om.OPTIMIZERS[name]
     given = {"learning_rate": LR} if name in OPTIMIZERS else {}
     static = STRUCTURAL.get(name, ())
     injected = optax.inject_hyperparams(factory, static_args=static)(**given)
     plain, params = SUBJECTS[name](), tree(name)
-    want, _ = jitted(plain)(params, plain.init(params), params)
-    state = injected.init(params)
+    want, _ = jitted(plain)(params, started(name, plain, params), params)
+    state = started(name, injected, params)
     got, state = jitted(injected)(params, state, params)
     assert_close(got, want)
     if name in OPTIMIZERS:
         # Twice the rate on the way is twice the step (a sphere bends it).
         state.hyperparams["learning_rate"] = jnp.asarray(2 * LR)
-        again = injected.init(params)
+        again = started(name, injected, params)
         again.hyperparams["learning_rate"] = jnp.asarray(2 * LR)
         got, _ = jitted(injected)(params, again, params)
         rtol = 0.1 if name in {"muonh", "adamh"} else 0.02
@@ -201,8 +246,8 @@ def test_masked_leaves_and_partitions_are_left_alone(name):
     tx, params = SUBJECTS[name](), tree(name)
     labels = jax.tree.map(lambda _: "ours", params) | {"wide": {"kernel": "other"}}
     split = optax.partition({"ours": tx, "other": optax.scale(2.0)}, labels)
-    got, _ = jitted(split)(params, split.init(params), params)
-    want, _ = jitted(tx)(params, tx.init(params), params)
+    got, _ = jitted(split)(params, started(name, split, params), params)
+    want, _ = jitted(tx)(params, started(name, tx, params), params)
     assert_close(got | {"wide": None}, want | {"wide": None})
     assert_close(got["wide"]["kernel"], 2 * params["wide"]["kernel"])
     assert got["frozen"] is None
@@ -228,7 +273,7 @@ def test_vmap_over_an_ensemble_is_its_members(name):
     both = jax.tree.map(lambda *x: jnp.stack(x), *members)
 
     def one(params):
-        return tx.update(params, tx.init(params), params)[0]
+        return tx.update(params, started(name, tx, params), params)[0]
 
     got = jax.jit(jax.vmap(one))(both)
     want = [jax.jit(one)(m) for m in members]
@@ -256,9 +301,9 @@ def test_state_survives_a_checkpoint(name, tmp_path):
 @pytest.mark.parametrize(
     "name, kind",
     [
-        *((name, AxisType.Explicit) for name in SUBJECTS),
+        *named(SUBJECTS, AxisType.Explicit),
         # There the types say nothing, and leaves are taken for replicated.
-        *((name, AxisType.Auto) for name in OPTIMIZERS),
+        *named(OPTIMIZERS, AxisType.Auto),
     ],
 )
 def test_sharded_equals_unsharded(name, kind):
@@ -275,10 +320,10 @@ def test_sharded_equals_unsharded(name, kind):
         {k: {"kernel": problems.normal(shapes[k], seed)} for k in places}
         for seed in (0, 1)
     )
-    want, _ = jitted(tx)(grads, tx.init(params), params)
+    want, _ = jitted(tx)(grads, started(name, tx, params), params)
     with jax.set_mesh(mesh):
         params, grads = (jax.device_put(tree, places) for tree in (params, grads))
-        state = tx.init(params)
+        state = started(name, tx, params)
         got, new_state = jitted(tx)(grads, state, params)
         types = jax.tree.map(jax.typeof, (got, new_state))
         assert types == jax.tree.map(jax.typeof, (params, state))
@@ -296,20 +341,20 @@ MATRIX_TRANSFORMS = [
 ]
 
 
-@pytest.mark.parametrize("name", MATRIX_TRANSFORMS)
+@pytest.mark.parametrize("name", named(MATRIX_TRANSFORMS))
 def test_sharded_blocks_of_a_fused_kernel_equal_unsharded(name):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
     tx = TRANSFORMS[name](layout=om.MatrixLayout(split_outputs=(16, 4, 4)))
     params, grads = problems.normal((6, 24)), problems.normal((6, 24), 1)
-    want, _ = jitted(tx)(grads, tx.init(params), params)
+    want, _ = jitted(tx)(grads, started(name, tx, params), params)
     with jax.set_mesh(mesh):
         params, grads = jax.device_put((params, grads), P(None, "x"))
-        got, _ = jitted(tx)(grads, tx.init(params), params)
+        got, _ = jitted(tx)(grads, started(name, tx, params), params)
         assert jax.typeof(got) == jax.typeof(params)
     assert_close(got, want)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", named(OPTIMIZERS))
 def test_nnx_optimizer_trains_partitioned_parameters(name):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     spread = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("x", None))

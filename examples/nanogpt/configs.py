@@ -32,6 +32,11 @@ LEARNING_RATES = {
     "adamuon": 3e-3,
     "normuon": 0.06,
     "hopper": 3e-3,
+    "shampoo": 4e-3,
+    "distributed_shampoo": 4e-3,
+    "soap": 4e-3,
+    "kl_soap": 4e-3,
+    "soap_muon": 0.03,
 }
 
 

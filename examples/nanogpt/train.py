@@ -267,6 +267,7 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
             before, skipped = skipped, int(state.optimizer.total_notfinite)
             if skipped > before:
                 say(f"step {done}: {skipped} steps skipped, their gradient not finite")
+            om.diagnostics.check_refreshes(state.optimizer)
             log.add(
                 "train",
                 step=done,

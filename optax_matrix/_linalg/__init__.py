@@ -1,10 +1,11 @@
-"""Orthogonalization as pure functions on arrays (..., m, n)."""
+"""Polar factors, roots and eigenbases as pure functions on arrays (..., m, n)."""
 
 from optax_matrix._linalg.coefficients import (
     TABLES,
     CoefficientTable,
     resolve,
 )
+from optax_matrix._linalg.eigenbases import eigenbasis, power_step
 from optax_matrix._linalg.exact import exact_polar
 from optax_matrix._linalg.halley import halley, halley_flops, halley_weights
 from optax_matrix._linalg.newton_schulz import (
@@ -24,6 +25,12 @@ from optax_matrix._linalg.polar import (
     PolarMethod,
     as_method,
 )
+from optax_matrix._linalg.roots import (
+    Root,
+    RootMethod,
+    inverse_root_by_newton,
+    power_by_eigh,
+)
 
 __all__ = [
     "TABLES",
@@ -34,16 +41,22 @@ __all__ = [
     "Parts",
     "PartwiseMethod",
     "PolarMethod",
+    "Root",
+    "RootMethod",
     "as_method",
     "block_gain",
+    "eigenbasis",
     "exact_polar",
     "gram_factor",
     "gram_is_cheaper",
     "halley",
     "halley_flops",
     "halley_weights",
+    "inverse_root_by_newton",
     "newton_schulz",
     "newton_schulz_flops",
+    "power_by_eigh",
+    "power_step",
     "resolve",
     "restart_points",
 ]

@@ -9,16 +9,23 @@ from optax_matrix._optimizers.registry import (
     OPTIMIZERS,
     make_optimizer,
 )
+from optax_matrix._optimizers.shampoo import distributed_shampoo, shampoo
+from optax_matrix._optimizers.soap import kl_soap, soap, soap_muon
 
 __all__ = [
     "MATRIX_OPTIMIZERS",
     "OPTIMIZERS",
     "adamh",
     "adamuon",
+    "distributed_shampoo",
     "hopper",
+    "kl_soap",
     "make_optimizer",
     "muon",
     "muonh",
     "muonw",
     "normuon",
+    "shampoo",
+    "soap",
+    "soap_muon",
 ]

@@ -1,7 +1,7 @@
 """What all matrix optimizers share: who takes the leaves that are not matrices."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_args
 
 import optax
@@ -83,6 +83,28 @@ def orthogonalized(
     if isinstance(method, str):
         _check.one_of("orthogonalize", method, ("newton_schulz", "halley", "exact"))
     return _transforms.orthogonalize(method, layout=layout, placement=placement)
+
+
+def settings_of(
+    transform: Callable[..., optax.GradientTransformation],
+    given: Mapping[str, Any] | None,
+    taken: Collection[str],
+) -> dict[str, Any]:
+    """Further settings of a transform, checked against what it takes.
+
+    Args:
+      transform: The transform.
+      given: What the user gave as `preconditioner`.
+      taken: What the optimizer has arguments for itself.
+    """
+    known = set(inspect.signature(transform).parameters) - {"layout", *taken}
+    unknown = sorted(set(given or {}) - known)
+    if unknown:
+        raise ValueError(
+            f"`preconditioner` has settings that it does not take: {unknown}. Those of "
+            f"{transform.__name__} that are left are {sorted(known)}."
+        )
+    return dict(given or {})
 
 
 def check_second_moment(b2: Any, eps: Any) -> None:

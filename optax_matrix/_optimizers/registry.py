@@ -10,6 +10,8 @@ from optax_matrix._optimizers.hopper import adamuon, hopper
 from optax_matrix._optimizers.hyperball import adamh, muonh
 from optax_matrix._optimizers.muon import muon, muonw
 from optax_matrix._optimizers.normuon import normuon
+from optax_matrix._optimizers.shampoo import distributed_shampoo, shampoo
+from optax_matrix._optimizers.soap import kl_soap, soap, soap_muon
 
 Factory = Callable[..., optax.GradientTransformation]
 
@@ -46,7 +48,20 @@ _ELEMENTWISE: Mapping[str, Factory] = {
 }
 _MATRIX: Mapping[str, Factory] = {
     factory.__name__: factory
-    for factory in (muon, muonw, muonh, adamh, adamuon, normuon, hopper)
+    for factory in (
+        muon,
+        muonw,
+        muonh,
+        adamh,
+        adamuon,
+        normuon,
+        hopper,
+        shampoo,
+        distributed_shampoo,
+        soap,
+        kl_soap,
+        soap_muon,
+    )
 }
 
 MATRIX_OPTIMIZERS: frozenset[str] = frozenset(_MATRIX)

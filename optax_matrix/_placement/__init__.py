@@ -13,8 +13,27 @@ from optax_matrix._layout import MatrixView
 from optax_matrix._placement import work
 from optax_matrix._placement.cost import PlacementDescription, group_cost
 from optax_matrix._placement.plan import Leaf, Plan, make_plan
+from optax_matrix._placement.stateful import (
+    Cadence,
+    MatrixRule,
+    Scalars,
+    check_states,
+    init_states,
+    update_states,
+)
 
-__all__ = ["Placement", "PlacementDescription", "check", "describe", "polar"]
+__all__ = [
+    "Cadence",
+    "MatrixRule",
+    "Placement",
+    "PlacementDescription",
+    "Scalars",
+    "check",
+    "describe",
+    "init",
+    "polar",
+    "update",
+]
 
 
 def _sharding(leaf: Any) -> Any:
@@ -69,10 +88,17 @@ class Placement:
                 )
         object.__setattr__(self, "sharding", tree)
 
-    def of(self, tree: Any) -> list[jax.NamedSharding | None]:
-        """The sharding of every leaf of `tree`; None where there is one device."""
+    def of(self, tree: Any, as_typed: bool = False) -> list[jax.NamedSharding | None]:
+        """The sharding of every leaf of `tree`; None where there is one device.
+
+        Args:
+          tree: Arrays or their descriptions.
+          as_typed: Whether to go by types alone, as state must that is laid out by
+            `init` outside of `jax.jit` and taken up by `update` inside.
+        """
         if self.sharding is None:
-            return [_mesh.seen(leaf) for leaf in jax.tree.leaves(tree)]
+            found = _mesh.typed if as_typed else _mesh.seen
+            return [found(leaf) for leaf in jax.tree.leaves(tree)]
         matched = _paths.match(self.sharding, tree, "sharding", lambda _: False)
         return [
             entry if isinstance(entry, jax.NamedSharding) else None
@@ -120,6 +146,64 @@ def check(
     _plans(method, views, leaves, shardings, stack_size)
 
 
+def init(
+    rule: MatrixRule,
+    views: Sequence[MatrixView],
+    leaves: Sequence[Any],
+    shardings: Sequence[jax.NamedSharding | None],
+    stack_size: int | None = None,
+) -> dict[str, Any]:
+    """The state of a rule for every matrix of the leaves, by shape.
+
+    Matrices of one shape are one stack, whose first axis is spread over all devices.
+    """
+    plans = _plans(None, views, leaves, shardings, stack_size)
+    if len(plans) > 1:
+        raise ValueError(
+            "The leaves lie on different meshes, or some on none: "
+            f"{[plan.mesh for plan, _ in plans]}. Put them on one mesh, or give each "
+            "its own optimizer with `optax.partition`."
+        )
+    return {k: v for plan, _ in plans for k, v in init_states(rule, plan).items()}
+
+
+def update(
+    rule: MatrixRule,
+    cadence: Cadence,
+    views: Sequence[MatrixView],
+    leaves: Sequence[Array],
+    shardings: Sequence[jax.NamedSharding | None],
+    states: dict[str, Any],
+    scalars: Scalars,
+    stack_size: int | None = None,
+) -> tuple[list[Array], dict[str, Any]]:
+    """Applies a rule to every matrix of the leaves, spread over the mesh.
+
+    Args:
+      rule: What happens to each matrix.
+      cadence: When its state is refreshed.
+      views: The matrices of each leaf.
+      leaves: The leaves.
+      shardings: Where each lies; None is on one device, or not known.
+      states: What `init` returned, or the last update.
+      scalars: Numbers that the rule takes, with ``count``.
+      stack_size: See `Placement`.
+
+    Returns:
+      Leaves like `leaves`, sharded alike, and the new states.
+    """
+    results: list[Array] = list(leaves)
+    for plan, indices in _plans(None, views, leaves, shardings, stack_size):
+        check_states(plan, states)
+        given = [leaves[i] for i in indices]
+        if plan.mesh is None:
+            given = [_mesh.gathered(leaf) for leaf in given]
+        done, states = update_states(plan, rule, cadence, tuple(given), states, scalars)
+        for i, x in zip(indices, done, strict=True):
+            results[i] = _mesh.like(x, leaves[i]) if plan.mesh is None else x
+    return results, states
+
+
 def describe(
     method: _linalg.PartwiseMethod,
     views: Sequence[MatrixView],
@@ -136,7 +220,7 @@ def describe(
 
 
 def _plans(
-    method: _linalg.PolarMethod,
+    method: _linalg.PolarMethod | None,
     views: Sequence[MatrixView],
     leaves: Sequence[Any],
     shardings: Sequence[jax.NamedSharding | None],
@@ -148,13 +232,15 @@ def _plans(
         if not leaves[i].size:
             continue
         by_mesh.setdefault(sharding.mesh if sharding else None, []).append(i)
+    # Others take matrices only as they are.
+    partwise = method if isinstance(method, _linalg.PartwiseMethod) else None
     plans = []
     for indices in by_mesh.values():
         parts = [Leaf(views[i], shardings[i], leaves[i].dtype.name) for i in indices]
-        plans.append((make_plan(parts, method, stack_size), indices))
+        plans.append((make_plan(parts, partwise, stack_size), indices))
     return plans
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _run(plan: Plan, method: _linalg.PolarMethod, *leaves: Array) -> tuple[Array, ...]:
-    return work.run(plan, method.polar, leaves)
+    return work.run(plan, work.polar_work(method.polar), leaves)

@@ -5,8 +5,8 @@ import math
 
 import jax.numpy as jnp
 
-from optax_matrix import _linalg
-from optax_matrix._placement.plan import Group, Lot, Plan
+from optax_matrix import _linalg, _table
+from optax_matrix._placement.plan import Group, Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def group_cost(plan: Plan, group: Group, method: _linalg.PartwiseMethod) -> Grou
     ]
     flops, per_device, sums, summed = 0, 0, 0, 0
     for parts, where in group.by_parts().items():
-        slots = _busiest(group, [group.lots[i] for i in where])
+        slots = group.busiest([group.lots[i] for i in where])
         flops += slots * sum(method.flops(m, n, parts) for m, n in blocks)
         if parts == 1:
             per_device = slots * len(blocks)
@@ -87,13 +87,6 @@ def group_cost(plan: Plan, group: Group, method: _linalg.PartwiseMethod) -> Grou
         sums=sums,
         summed_bytes=summed,
     )
-
-
-def _busiest(group: Group, lots: list[Lot]) -> int:
-    """How many slots of the busiest device hold something."""
-    table = group.table(lots)
-    every = sum(lot.slots(group.devices) for lot in lots)
-    return every if table is None else table.shape[1]
 
 
 def _bytes(group: Group) -> tuple[int, float]:
@@ -140,24 +133,16 @@ class PlacementDescription:
         )
         rows = [_cells(group) for group in self.groups]
         total = self.totals
-        rows.append(
-            (
-                *("total", "", "", "", f"{total['flops'] / 1e9:.3g}"),
-                f"{total['flops_over_even']:.2f}",
-                f"{total['exchanges']:.0f}",
-                f"{total['exchanged_bytes'] / 2**20:.3g}",
-                f"{total['least_bytes'] / 2**20:.3g}",
-                f"{total['sums']:.0f}",
-                f"{total['summed_bytes'] / 2**20:.3g}",
-            )
+        last = (
+            *("total", "", "", "", f"{total['flops'] / 1e9:.3g}"),
+            f"{total['flops_over_even']:.2f}",
+            f"{total['exchanges']:.0f}",
+            f"{total['exchanged_bytes'] / 2**20:.3g}",
+            f"{total['least_bytes'] / 2**20:.3g}",
+            f"{total['sums']:.0f}",
+            f"{total['summed_bytes'] / 2**20:.3g}",
         )
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True))
-            for row in (header, *rows)
-        ]
-        rule = "-" * len(lines[0])
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+        return _table.aligned(header, rows, [last], right=range(len(header)))
 
 
 def _cells(group: GroupCost) -> tuple[str, ...]:

@@ -217,6 +217,14 @@ class Group:
         # The empty ones fill up the rows of devices that have fewer.
         return np.argsort(~real, axis=1, kind="stable")[:, :most]
 
+    def busiest(self, lots: Sequence[Lot]) -> int:
+        """How many of its slots over `lots` the busiest device works on."""
+        if self.devices == 1:
+            return sum(lot.stop - lot.start for lot in lots)
+        table = self.table(lots)
+        every = sum(lot.slots(self.devices) for lot in lots)
+        return every if table is None else table.shape[1]
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -245,14 +253,15 @@ class Leaf(NamedTuple):
 
 def make_plan(
     leaves: Sequence[Leaf],
-    method: _linalg.PolarMethod,
+    method: _linalg.PartwiseMethod | None,
     stack_size: int | None = None,
 ) -> Plan:
     """Spreads the matrices of leaves over the one mesh that they lie on.
 
     Args:
       leaves: The leaves, all with shardings on one mesh or all without.
-      method: What is done to each matrix.
+      method: What is done to each matrix; None if it takes matrices only as they are,
+        whole and not transposed.
       stack_size: How many of a shape a device takes at once; None for the rule.
 
     Raises:
@@ -339,11 +348,11 @@ def _alike(
     leaves: Sequence[Leaf],
     views: Sequence[MatrixView],
     kinds: Sequence[tuple[Kind, ...]],
-    method: _linalg.PolarMethod,
+    method: _linalg.PartwiseMethod | None,
     shape: dict[str, int],
 ) -> dict[_Key, list[tuple[Kind, Source]]]:
     """All stacks by what decides whether they can go together, those of a kind next."""
-    turns = isinstance(method, _linalg.PartwiseMethod)
+    turns = method is not None
     found: dict[_Key, list[tuple[Kind, Source]]] = {}
     for i, (leaf, view) in enumerate(zip(leaves, views, strict=True)):
         taken = set()
@@ -375,7 +384,7 @@ def _rounds(
     key: _Key,
     sources: list[tuple[Kind, Source]],
     shape: dict[str, int],
-    method: _linalg.PolarMethod,
+    method: _linalg.PartwiseMethod | None,
     stack_size: int | None,
 ) -> Iterable[Group]:
     """The groups of one key: several if a device would hold too many at once."""
@@ -391,7 +400,7 @@ def _rounds(
     held = stack_size or rules.exchange_size(*key.shape, itemsize)
     whole = count // w * w
     split = 1
-    if whole < count and key.turned and isinstance(method, _linalg.PartwiseMethod):
+    if whole < count and key.turned and method is not None:
         split = rules.parts(count - whole, w, key.shape, method.flops)
     if split == 1:
         whole = count

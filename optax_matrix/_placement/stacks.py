@@ -1,6 +1,7 @@
 """How one device goes through its matrices: in a loop, or as stacks."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,36 @@ def over_matrices(
             done = jnp.concatenate([done, fn(whole[even:])])
     ends = np.cumsum([x.shape[0] for x in arrays])
     return jnp.split(done, ends[:-1])
+
+
+def over_units(
+    fn: Callable[..., Any],
+    trees: Sequence[Any],
+    stack_size: int,
+    unrolled: int = UNROLLED,
+) -> Any:
+    """`fn` on what trees have for each matrix, their leaves all (count, ...).
+
+    Args:
+      fn: Takes a tree for each of `trees`, without the leading axis.
+      trees: What to go through.
+      stack_size: How many matrices are worked on at once; 1 is a loop.
+      unrolled: The longest loop to unroll.
+
+    Returns:
+      The results, again with a leading axis.
+    """
+    count = jax.tree.leaves(trees)[0].shape[0]
+    if stack_size > 1:
+        return jax.lax.map(lambda xs: fn(*xs), tuple(trees), batch_size=stack_size)
+    if count > unrolled:
+        return jax.lax.map(lambda xs: fn(*xs), tuple(trees))
+    once, each = (
+        jax.jit(fn),
+        [jax.tree.map(lambda x, i=i: x[i], tuple(trees)) for i in range(count)],
+    )
+    done = [once(*unit) for unit in each]
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *done)
 
 
 def _looped(fn: Callable[[Array], Array], x: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,34 @@ from optax_matrix._placement.stacks import over_matrices
 Polar = Callable[..., Array]
 
 
-def run(plan: Plan, polar: Polar, leaves: Sequence[Array]) -> tuple[Array, ...]:
-    """`polar` on every matrix of the leaves, each on its device, and back."""
+class Work(Protocol):
+    """What a device does with the matrices of a group that are its own."""
+
+    def __call__(
+        self, group: Group, kind: Kind, arrays: Sequence[Array], parts: int
+    ) -> list[Array]:
+        """Returns results like `arrays`, (count, m, n), of matrices or their parts."""
+        ...
+
+
+def polar_work(polar: Polar) -> Work:
+    """The polar factor of each block of each matrix."""
+
+    def work(
+        group: Group, kind: Kind, arrays: Sequence[Array], parts: int
+    ) -> list[Array]:
+        fn = _partwise(group, parts, polar) if parts > 1 else polar
+        return over_matrices(_on_matrices(kind, fn), arrays, group.stack_size)
+
+    return work
+
+
+def run(plan: Plan, work: Work, leaves: Sequence[Array]) -> tuple[Array, ...]:
+    """`work` on every matrix of the leaves, each on its device, and back."""
     if plan.mesh is None:
-        return _on_device(plan, polar, *leaves)
+        return on_device(plan, work, leaves)
     return jax.shard_map(
-        lambda *local: _on_device(plan, polar, *local),
+        lambda *local: on_device(plan, work, local),
         mesh=plan.mesh,
         in_specs=plan.specs,
         out_specs=plan.specs,
@@ -31,13 +54,14 @@ def run(plan: Plan, polar: Polar, leaves: Sequence[Array]) -> tuple[Array, ...]:
     )(*leaves)
 
 
-def _on_device(plan: Plan, polar: Polar, *leaves: Array) -> tuple[Array, ...]:
+def on_device(plan: Plan, work: Work, leaves: Sequence[Array]) -> tuple[Array, ...]:
+    """What each device does, given what it holds of the leaves."""
     stacks = [
         view.to_stacks(leaf) for view, leaf in zip(plan.views, leaves, strict=True)
     ]
     found: dict[tuple[int, int], list[tuple[int, Array]]] = {}
     for group in plan.groups:
-        for source, result in _on_group(group, polar, stacks):
+        for source, result in _on_group(group, work, stacks):
             found.setdefault((source.leaf, source.stack), []).append(
                 (source.start, result)
             )
@@ -54,7 +78,7 @@ def _on_device(plan: Plan, polar: Polar, *leaves: Array) -> tuple[Array, ...]:
 
 
 def _on_group(
-    group: Group, polar: Polar, stacks: Sequence[Sequence[Array]]
+    group: Group, work: Work, stacks: Sequence[Sequence[Array]]
 ) -> list[tuple[Source, Array]]:
     """The results for each range of matrices of a group."""
 
@@ -71,8 +95,7 @@ def _on_group(
         for batch, source in pairs:
             flat = jnp.reshape(taken(source, batch.kind), (-1, *batch.kind.shape))
             whole.append(exchange.turned(flat, batch.kind, turn))
-        fn = _on_matrices(group.batches[0].kind, polar)
-        done = over_matrices(fn, whole, group.stack_size)
+        done = work(group, group.batches[0].kind, whole, 1)
         results = []
         for (batch, source), x in zip(pairs, done, strict=True):
             back = exchange.turned(x, batch.kind, turn)
@@ -86,10 +109,9 @@ def _on_group(
     placed = exchange.bring(
         group, [[held(batch) for batch in lot.batches] for lot in group.lots]
     )
-    for parts, where in group.by_parts().items():
-        fn = _partwise(group, parts, polar) if parts > 1 else polar
+    for where in group.by_parts().values():
         lots = [group.lots[i] for i in where]
-        done = _pooled(group, lots, [placed[i] for i in where], fn)
+        done = _pooled(group, lots, [placed[i] for i in where], work)
         for i, result in zip(where, done, strict=True):
             placed[i] = result
     results = []
@@ -104,18 +126,18 @@ def _on_group(
 
 
 def _pooled(
-    group: Group, lots: Sequence[Lot], slots: Sequence[Array], polar: Polar
+    group: Group, lots: Sequence[Lot], slots: Sequence[Array], work: Work
 ) -> list[Array]:
-    """`polar` on a device's matrices of all lots together, empty slots left out."""
+    """`work` on a device's matrices of all lots together, empty slots left out."""
     pool = jnp.concatenate(slots)
-    fn = _on_matrices(lots[0].batches[0].unit, polar)
+    unit, parts = lots[0].batches[0].unit, lots[0].parts
     table = group.table(lots)
     if table is None:
-        (done,) = over_matrices(fn, [pool], group.stack_size)
+        (done,) = work(group, unit, [pool], parts)
     else:
         mine = jnp.asarray(table)[lax.axis_index(group.axes)]
         real = jnp.take(pool, mine, axis=0)
-        (done,) = over_matrices(fn, [real], group.stack_size)
+        (done,) = work(group, unit, [real], parts)
         done = jnp.zeros_like(pool).at[mine].set(done)
     ends = np.cumsum([x.shape[0] for x in slots])
     return jnp.split(done, ends[:-1])
@@ -128,17 +150,21 @@ def _on_matrices(kind: Kind, polar: Polar) -> Polar:
 
     def by_block(x: Array) -> Array:
         stack = x[None] if x.ndim == 2 else x
-        view = MatrixView(
-            shape=stack.shape,
-            batch=(0,),
-            inputs=(1,),
-            outputs=(2,),
-            input_widths=kind.input_widths,
-            output_widths=kind.output_widths,
-        )
-        return jnp.reshape(view.apply(polar, stack), x.shape)
+        return jnp.reshape(in_blocks(kind, len(stack)).apply(polar, stack), x.shape)
 
     return by_block
+
+
+def in_blocks(kind: Kind, count: int) -> MatrixView:
+    """How a stack of `count` matrices of that kind is cut into the blocks of each."""
+    return MatrixView(
+        shape=(count, *kind.shape),
+        batch=(0,),
+        inputs=(1,),
+        outputs=(2,),
+        input_widths=kind.input_widths,
+        output_widths=kind.output_widths,
+    )
 
 
 def _partwise(group: Group, parts: int, polar: Polar) -> Polar:

@@ -1,13 +1,17 @@
 """Gradient transformations, one a file."""
 
+from optax_matrix._transforms._preconditioner import Health, PreconditionState
 from optax_matrix._transforms._wide import wide_statistics
 from optax_matrix._transforms.add_cautious_weight_decay import add_cautious_weight_decay
 from optax_matrix._transforms.ema_momentum import EmaMomentumState, ema_momentum
 from optax_matrix._transforms.floor_update_ratio import floor_update_ratio
+from optax_matrix._transforms.graft_to import GraftToState, graft_to
 from optax_matrix._transforms.hyperball_retract import (
     HyperballRetractState,
     hyperball_retract,
 )
+from optax_matrix._transforms.kl_shampoo_precondition import kl_shampoo_precondition
+from optax_matrix._transforms.kl_soap_precondition import kl_soap_precondition
 from optax_matrix._transforms.match_rms import match_rms
 from optax_matrix._transforms.normalize_frobenius import normalize_frobenius
 from optax_matrix._transforms.orthogonalize import orthogonalize
@@ -15,6 +19,9 @@ from optax_matrix._transforms.orthogonalize_exact import orthogonalize_exact
 from optax_matrix._transforms.orthogonalize_halley import orthogonalize_halley
 from optax_matrix._transforms.orthogonalize_newton_schulz import (
     orthogonalize_newton_schulz,
+)
+from optax_matrix._transforms.precondition_then_orthogonalize import (
+    precondition_then_orthogonalize,
 )
 from optax_matrix._transforms.scale_by_neuron_variance import (
     ScaleByNeuronVarianceState,
@@ -25,11 +32,16 @@ from optax_matrix._transforms.scale_by_variance import (
     ScaleByVarianceState,
     scale_by_variance,
 )
+from optax_matrix._transforms.shampoo_precondition import shampoo_precondition
+from optax_matrix._transforms.soap_precondition import soap_precondition
 from optax_matrix._transforms.switch_at import SwitchAtState, switch_at
 
 __all__ = [
     "EmaMomentumState",
+    "GraftToState",
+    "Health",
     "HyperballRetractState",
+    "PreconditionState",
     "ScaleByNeuronVarianceState",
     "ScaleByVarianceState",
     "ShapeScale",
@@ -37,16 +49,22 @@ __all__ = [
     "add_cautious_weight_decay",
     "ema_momentum",
     "floor_update_ratio",
+    "graft_to",
     "hyperball_retract",
+    "kl_shampoo_precondition",
+    "kl_soap_precondition",
     "match_rms",
     "normalize_frobenius",
     "orthogonalize",
     "orthogonalize_exact",
     "orthogonalize_halley",
     "orthogonalize_newton_schulz",
+    "precondition_then_orthogonalize",
     "scale_by_neuron_variance",
     "scale_by_shape",
     "scale_by_variance",
+    "shampoo_precondition",
+    "soap_precondition",
     "switch_at",
     "wide_statistics",
 ]

@@ -1,0 +1,40 @@
+"""Eigenbases of symmetric matrices: from nothing, and followed from step to step."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from optax_matrix._linalg import numerics
+
+
+def eigenbasis(a: Array) -> Array:
+    """Returns eigenvectors as columns, by descending eigenvalue.
+
+    Args:
+      a: (..., m, m), symmetric, float32 or float64.
+
+    Returns:
+      (..., m, m), orthogonal; NaN where `a` is not finite.
+    """
+    a = (a + numerics.transpose(a)) / 2
+    return jnp.linalg.eigh(a, symmetrize_input=False)[1][..., ::-1]
+
+
+def power_step(a: Array, q: Array, sort: bool = True) -> tuple[Array, Array]:
+    """Moves a basis towards the eigenvectors by one step of orthogonal iteration.
+
+    The Q factor of A Q, its columns ordered before by their Rayleigh quotients qᵀAq.
+
+    Args:
+      a: (..., m, m), symmetric.
+      q: (..., m, m), orthogonal.
+      sort: Whether to order the columns.
+
+    Returns:
+      The new basis, and the (..., m) positions that its columns had in `q`.
+    """
+    product = jnp.matmul(a, q, precision="highest")
+    order = jnp.broadcast_to(jnp.arange(q.shape[-1]), (*q.shape[:-2], q.shape[-1]))
+    if sort:
+        order = jnp.argsort(-jnp.sum(q * product, axis=-2), axis=-1)
+        product = jnp.take_along_axis(product, order[..., None, :], axis=-1)
+    return jnp.linalg.qr(product)[0], order

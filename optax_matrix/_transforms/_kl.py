@@ -1,0 +1,175 @@
+"""Statistics that minimize a Kullback-Leibler divergence: KL-SOAP and KL-Shampoo."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_matrix import _check, _layout, _placement
+from optax_matrix._transforms import _eigenbases, _numerics, _preconditioner
+from optax_matrix._transforms._eigenbases import Moments, Side
+
+
+@dataclasses.dataclass(frozen=True)
+class KLRule:
+    """KL-SOAP, or KL-Shampoo without a variance, for one matrix."""
+
+    with_variance: bool
+    max_dim: int
+    moment_dtype: str | None
+    factor_dtype: str | None
+    precision: str
+
+    def init(self, m: int, n: int, dtype: DTypeLike) -> Moments:
+        """Nothing seen."""
+        own = jnp.dtype(dtype).name
+
+        def side(size: int) -> Side | None:
+            if size > self.max_dim:
+                return None
+            plain = _eigenbases.side(size, self.factor_dtype or own)
+            scale = jnp.zeros((size,), own)
+            return plain._replace(scale=scale)
+
+        zeros = jnp.zeros((m, n), self.moment_dtype or own)
+        return Moments(zeros, zeros if self.with_variance else None, side(m), side(n))
+
+    def before(
+        self, x: Array, state: Moments, scalars: _placement.Scalars
+    ) -> tuple[Array, Moments]:
+        """The step with what is known so far, then the statistics with this update."""
+        g = _numerics.wide(x)
+        left, right = state.left, state.right
+        across = _eigenbases.rotated(g, None, right, self.precision)
+        inside = _eigenbases.rotated(across, left, None, self.precision)
+        momentum = _eigenbases.average(state.momentum, inside, scalars["b1"])
+        eps = _numerics.as_scalar(scalars["eps"], g)
+        by_left, by_right = _row(left, g)[:, None], _row(right, g)[None, :]
+        if state.variance is None:
+            variance = None
+            scale = by_left * by_right
+            direction = momentum * scale / (1 + eps * scale)
+        else:
+            squares = jnp.square(inside)
+            wide = _eigenbases.average(state.variance, squares, scalars["b2"])
+            direction = momentum / (jnp.sqrt(wide) + eps)
+            variance = wide.astype(state.variance.dtype)
+        update = _eigenbases.rotated_back(direction, left, right, self.precision)
+
+        first = scalars["count"] == 0
+        down = _eigenbases.rotated(g, left, None, self.precision)
+        # Of the first gradient, while nothing is known of the other side.
+        for_left = jnp.where(first, g, across * by_right)
+        for_right = jnp.where(first, g, down * by_left)
+        of_left = jnp.mean(jnp.square(inside * by_right), axis=1)
+        of_right = jnp.mean(jnp.square(inside * by_left), axis=0)
+        new_left = self._observed(left, for_left, of_left, scalars)
+        new_right = self._observed(right, for_right.T, of_right, scalars)
+        momentum = momentum.astype(state.momentum.dtype)
+        return update, Moments(momentum, variance, new_left, new_right)
+
+    def _observed(
+        self,
+        side: Side | None,
+        half: Array,
+        values: Array,
+        scalars: _placement.Scalars,
+    ) -> Side | None:
+        """A side with one more statistic H Hᵀ / n, H being m×n, and eigenvalues."""
+        if side is None:
+            return None
+        (size, n), decay = half.shape, scalars["factor_b2"]
+        outer = jnp.matmul(half, half.T, precision=self.precision) / n
+        statistic = _eigenbases.average(side.statistic, outer, decay)
+        known = jnp.square(_row(side, half))
+        known = jnp.where(known > 0, 1 / jnp.where(known > 0, known, 1), 0)
+        values = _eigenbases.average(known, values, decay)
+        scale = jnp.where(values > 0, 1 / jnp.sqrt(jnp.where(values > 0, values, 1)), 0)
+        largest = _numerics.as_scalar(scalars["max_scale"], half)
+        limit = jnp.maximum(10, jnp.minimum(size, largest))
+        return side._replace(
+            statistic=statistic.astype(side.statistic.dtype),
+            scale=jnp.minimum(scale, limit),
+        )
+
+    def first(self, state: Moments, scalars: _placement.Scalars) -> Moments:
+        """The eigenbases of the first gradient, all eigenvalues taken for alike."""
+        left, right = (
+            self._started(side, scalars) for side in (state.left, state.right)
+        )
+        return state._replace(left=left, right=right)
+
+    def _started(self, side: Side | None, scalars: _placement.Scalars) -> Side | None:
+        side = _eigenbases.started(side, scalars["max_failures"])
+        if side is None or side.scale is None:
+            return None
+        return side._replace(
+            scale=jnp.full_like(side.scale, scalars["initial"] ** -0.5)
+        )
+
+    def refresh(self, state: Moments, scalars: _placement.Scalars) -> Moments:
+        """A power step of both bases, unsorted; the momentum goes along."""
+        left, right = (
+            _eigenbases.followed(side, scalars["max_failures"], sort=False)[0]
+            for side in (state.left, state.right)
+        )
+        old, new = (state.left, state.right), (left, right)
+        momentum = _eigenbases.carried(state.momentum, old, new, self.precision)
+        return Moments(momentum, state.variance, left, right)
+
+    def after(self, x: Array, state: Moments, scalars: _placement.Scalars) -> Array:
+        """The update as it is: a refresh shows from the next one on."""
+        del state, scalars
+        return x
+
+    def refresh_cost(self, m: int, n: int) -> float:
+        """See `_eigenbases.refresh_flops`."""
+        return _eigenbases.refresh_flops(m, n, self.max_dim)
+
+
+def _row(side: Side | None, like: Array) -> Array:
+    """Inverse square roots of a side's eigenvalues; 1 for one that is left out."""
+    if side is None or side.scale is None:
+        return jnp.ones((1,), like.dtype)
+    return side.scale.astype(like.dtype)
+
+
+def kl_transformation(
+    with_variance: bool,
+    scalars: dict[str, ArrayLike],
+    *,
+    refresh: int,
+    stagger: bool,
+    block_size: int | None,
+    max_dim: int,
+    moment_dtype: DTypeLike | None,
+    factor_dtype: DTypeLike | None,
+    precision: str,
+    layout: _layout.Layout,
+    placement: _placement.Placement | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Checks the arguments and makes the transformation."""
+    for name in ("b1", "b2", "factor_b2"):
+        _check.in_range(name, scalars[name], 0.0, 1.0)
+    for name in ("eps", "initial", "max_scale"):
+        _check.in_range(name, scalars[name], 0.0, low_open=True)
+    _check.in_range("max_failures", scalars["max_failures"], 1)
+    _preconditioner.check_sizes(max_dim, block_size)
+    _check.one_of("precision", precision, ("default", "high", "highest"))
+    rule = KLRule(
+        with_variance,
+        max_dim,
+        _preconditioner.as_state_dtype("moment_dtype", moment_dtype),
+        _preconditioner.as_state_dtype("factor_dtype", factor_dtype),
+        precision,
+    )
+    return _preconditioner.per_matrix(
+        rule,
+        _preconditioner.as_cadence(0, refresh, stagger),
+        scalars,
+        block_size=block_size,
+        layout=layout,
+        placement=placement,
+    )
