@@ -1,0 +1,202 @@
+"""Preconditioners on a mesh: each device has its share of state and refreshes."""
+
+import collections
+import math
+
+import chex
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_matrix as om
+from benchmarks import hlo
+from tests import problems
+
+ONE = ((8,), ("x",))
+TWO = ((2, 4), ("d", "f"))
+STEPS = 5
+
+
+def many(count, shape, spec):
+    return {f"w{i}": (shape, spec) for i in range(count)}
+
+
+# name: mesh, leaves, exchanges by kind, matrices of the busiest device over an even
+# split. The longer sides are left out below (`max_dim`): their first statistics have a
+# null space, whose basis is rounding.
+CASES = {
+    "inputs": (ONE, many(8, (8, 16), P("x", None)), {"all-to-all": 2}, 1),
+    "replicated": (ONE, many(8, (16, 8), P()), {"all-gather": 1}, 1),
+    "both sides": (TWO, many(16, (8, 8), P("d", "f")), {"all-to-all": 2}, 1),
+    "layers": (ONE, {"w": ((8, 8, 4), P("x"))}, {}, 1),
+    "stacked": (ONE, {"w": ((8, 8, 4), P(None, "x"))}, {"all-to-all": 2}, 1),
+    "experts": (TWO, {"w": ((8, 8, 4), P("d", "f"))}, {"all-to-all": 2}, 1),
+    "more than devices": (ONE, many(11, (8, 8), P("x")), {"all-to-all": 2}, 16 / 11),
+    "a mix": (
+        TWO,
+        many(5, (8, 16), P("d", "f"))
+        | {"t": ((3, 8, 16), P(None, None, ("d", "f"))), "u": ((16, 8), P("f"))}
+        | {"r": ((8, 8), P()), "s": ((4, 8, 8), P("f"))},
+        # 16x8, 8x16 and twice 8x8: with its four layers on one axis and without.
+        {"all-to-all": 4, "all-gather": 2},
+        None,
+    ),
+}
+RULES = {
+    "soap": lambda **k: om.soap_precondition(refresh=2, max_dim=8, **k),
+    "shampoo": lambda **k: om.shampoo_precondition(
+        refresh=2, max_dim=8, damping=1e-2, **k
+    ),
+    "kl": lambda **k: om.kl_soap_precondition(refresh=2, max_dim=8, **k),
+}
+
+
+def gradients(leaves, step):
+    return {
+        k: problems.normal(s, 100 * step + i)
+        for i, (k, (s, _)) in enumerate(leaves.items())
+    }
+
+
+def on_one(tx, leaves):
+    state, update = tx.init(gradients(leaves, 0)), jax.jit(tx.update)
+    program = update.lower(gradients(leaves, 0), state).compile()
+    outs = []
+    for t in range(STEPS):
+        out, state = program(gradients(leaves, t), state)
+        outs.append(out)
+    return program, outs, state
+
+
+def exchanges(text):
+    counts = collections.Counter()
+    for collective in hlo.collectives(text):
+        counts[collective.kind] += collective.count
+    return dict(counts)
+
+
+def bytes_on(device, tree):
+    return sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(tree)
+        for shard in leaf.addressable_shards
+        if shard.device == device
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "kind"),
+    [
+        *((name, "soap", AxisType.Explicit) for name in CASES),
+        ("a mix", "soap", AxisType.Auto),
+        ("a mix", "shampoo", AxisType.Explicit),
+        ("both sides", "kl", AxisType.Auto),
+    ],
+)
+def test_equal_to_one_device_and_evenly_shared(name, rule, kind):
+    (shape, names), leaves, wanted, bound = CASES[name]
+    single, want, whole = on_one(RULES[rule](), leaves)
+    mesh = jax.make_mesh(shape, names, (kind,) * len(names))
+    shardings = {k: NamedSharding(mesh, spec) for k, (_, spec) in leaves.items()}
+    placement = om.Placement(shardings) if kind is AxisType.Auto else None
+    tx = RULES[rule](placement=placement)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(gradients(leaves, 0), shardings)
+        state, update = tx.init(params), jax.jit(tx.update)
+        types = jax.tree.map(jax.typeof, state)
+        for t in range(STEPS):
+            grads = jax.device_put(gradients(leaves, t), shardings)
+            got, state = update(grads, state)
+            chex.assert_trees_all_close(got, want[t], atol=1e-5, rtol=1e-4)
+        assert update._cache_size() == 1
+        assert jax.tree.map(jax.typeof, state) == types
+        text = update.lower(grads, state).compile().as_text()
+    for key, leaf in got.items():
+        assert leaf.sharding.is_equivalent_to(shardings[key], leaf.ndim), key
+    assert exchanges(text) == wanted
+    if bound is None:
+        return
+    even = hlo.dot_flops(single.as_text()) / 8
+    assert hlo.dot_flops(text) <= bound * even * 1.005
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(whole.matrices))
+    for device in jax.devices():
+        assert bytes_on(device, state.matrices) <= bound * total / 8
+
+
+def test_refreshes_are_shared_and_staggered():
+    leaves = many(16, (8, 8), P("x"))
+    mesh = jax.make_mesh((8,), ("x",))
+    tx = om.soap_precondition(refresh=2, stagger=True)
+    with jax.set_mesh(mesh):
+        shardings = {k: NamedSharding(mesh, spec) for k, (_, spec) in leaves.items()}
+        params = jax.device_put(gradients(leaves, 0), shardings)
+        state, update = tx.init(params), jax.jit(tx.update)
+        _, state = update(params, state)
+        seen = []
+        for t in range(1, 5):
+            before = np.asarray(state.matrices["8x8"].left.basis)
+            grads = jax.device_put(gradients(leaves, t), shardings)
+            _, state = update(grads, state)
+            after = np.asarray(state.matrices["8x8"].left.basis)
+            moved = np.abs(after - before).max(axis=(1, 2)) > 0
+            seen.append(set(np.flatnonzero(moved)))
+    # Two on every device: one of them in each update, and in turns.
+    assert [len(moved) for moved in seen] == [8, 8, 8, 8]
+    assert all({i // 2 for i in moved} == set(range(8)) for moved in seen)
+    assert seen[0] == seen[2] != seen[1] == seen[3]
+
+
+def test_blocks_of_a_whole_side_are_spread_like_matrices():
+    leaves = {"w": ((16, 16), P())}
+    want = on_one(om.soap_precondition(refresh=2, block_size=4), leaves)[1]
+    mesh = jax.make_mesh((8,), ("x",))
+    tx = om.soap_precondition(refresh=2, block_size=4)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(gradients(leaves, 0), P())
+        state, update = tx.init(params), jax.jit(tx.update)
+        for t in range(STEPS):
+            grads = jax.device_put(gradients(leaves, t), P())
+            got, state = update(grads, state)
+            chex.assert_trees_all_close(got, want[t], atol=1e-5, rtol=1e-4)
+    # Sixteen blocks, two on each device.
+    (shard, *_) = state.matrices["4x4"].momentum.addressable_shards
+    assert shard.data.shape == (2, 4, 4)
+
+
+def test_state_for_another_mesh_raises():
+    leaves = many(3, (8, 8), P("x"))
+    tx = om.soap_precondition()
+    state = tx.init(gradients(leaves, 0))
+    mesh = jax.make_mesh((8,), ("x",))
+    with jax.set_mesh(mesh):
+        grads = jax.device_put(gradients(leaves, 0), P("x"))
+        with pytest.raises(ValueError, match=r"'8x8': 3.*need .*'8x8': 8.*`placement`"):
+            jax.jit(tx.update)(grads, state)
+    other = tx.init({"w": problems.normal((4, 8))})
+    with pytest.raises(ValueError, match=r"'4x8': 1.*need .*'8x8': 3"):
+        tx.update(gradients(leaves, 0), other)
+
+
+def test_a_round_of_stacks_and_a_loop_agree():
+    leaves = many(5, (6, 6), P())
+    want = on_one(om.soap_precondition(refresh=2), leaves)[1]
+    for size in (2, 8):
+        tx = om.soap_precondition(refresh=2, placement=om.Placement(stack_size=size))
+        got = on_one(tx, leaves)[1]
+        chex.assert_trees_all_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def test_state_of_a_matrix_is_what_the_docstring_says():
+    params, m, n = {"w": problems.normal((5, 7))}, 5, 7
+    numbers = {
+        om.soap_precondition: 2 * m * n + 2 * m * m + 2 * n * n,
+        om.shampoo_precondition: m * n + 2 * m * m + 2 * n * n,
+        om.kl_soap_precondition: 2 * m * n + 2 * m * m + 2 * n * n + m + n,
+        om.kl_shampoo_precondition: m * n + 2 * m * m + 2 * n * n + m + n,
+    }
+    for transform, number in numbers.items():
+        state = transform().init(params)
+        floats = [x for x in jax.tree.leaves(state) if x.dtype == "float32"]
+        assert sum(math.prod(x.shape) for x in floats) == number
