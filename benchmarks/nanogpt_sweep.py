@@ -36,6 +36,7 @@ CENTRES = {
     "soap_muon": 0.03,
 }
 FINAL_SEEDS = (1, 2, 3)
+SECOND_ORDER = ("adamw", "muon", "shampoo", "soap", "kl_soap", "soap_muon")
 
 
 def train_once(
@@ -130,19 +131,36 @@ def sweep(args: argparse.Namespace) -> None:
             job.result()
 
 
+def trials_of(name: str, runs: list[dict[str, Any]]) -> dict[float, float]:
+    """The losses of the learning rates tried with seed 0."""
+    mine = [run for run in runs if run["optimizer"] == name and run["seed"] == 0]
+    return {run["lr"]: finite(run["loss"]) for run in mine}
+
+
+def final_runs(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Of each optimizer the runs of the final seeds at its best learning rate."""
+    found = {}
+    for name in dict.fromkeys(run["optimizer"] for run in runs):
+        trials = trials_of(name, runs)
+        best = min(trials, key=lambda rate: trials[rate])
+        found[name] = [
+            run
+            for run in runs
+            if (run["optimizer"], run["lr"]) == (name, best)
+            and run["seed"] in FINAL_SEEDS
+        ]
+        if len(found[name]) < len(FINAL_SEEDS):
+            raise ValueError(f"{name} has not run all of the seeds {FINAL_SEEDS}")
+    return found
+
+
 def table(path: str | Path) -> str:
     """The results as Markdown, best first."""
     runs = json.loads(Path(path).read_text())
     rows = []
-    for name in dict.fromkeys(run["optimizer"] for run in runs):
-        mine = [run for run in runs if run["optimizer"] == name]
-        trials = {r["lr"]: finite(r["loss"]) for r in mine if r["seed"] == 0}
-        best = min(trials, key=lambda rate: trials[rate])
-        final = [
-            r["loss"] for r in mine if r["lr"] == best and r["seed"] in FINAL_SEEDS
-        ]
-        if len(final) < len(FINAL_SEEDS):
-            raise ValueError(f"{name} has not run all of the seeds {FINAL_SEEDS}")
+    for name, mine in final_runs(runs).items():
+        trials = trials_of(name, runs)
+        best, final = mine[0]["lr"], [run["loss"] for run in mine]
         edge = "" if min(trials) < best < max(trials) else " (edge)"
         tried = ", ".join(f"{rate:.3g}" for rate in sorted(trials))
         rows.append(

@@ -105,7 +105,7 @@ def test_equal_to_one_device_and_evenly_shared(name, rule, kind):
     with jax.set_mesh(mesh):
         params = jax.device_put(gradients(leaves, 0), shardings)
         state, update = tx.init(params), jax.jit(tx.update)
-        types = jax.tree.map(jax.typeof, state)
+        types, got, grads = jax.tree.map(jax.typeof, state), params, params
         for t in range(STEPS):
             grads = jax.device_put(gradients(leaves, t), shardings)
             got, state = update(grads, state)
