@@ -16,7 +16,8 @@ def eigenbasis(a: Array) -> Array:
       (..., m, m), orthogonal; NaN where `a` is not finite.
     """
     a = (a + numerics.transpose(a)) / 2
-    return jnp.linalg.eigh(a, symmetrize_input=False)[1][..., ::-1]
+    q = jnp.linalg.eigh(a, symmetrize_input=False)[1][..., ::-1]
+    return jnp.where(_finite(a), q, jnp.nan)
 
 
 def power_step(a: Array, q: Array, sort: bool = True) -> tuple[Array, Array]:
@@ -30,11 +31,17 @@ def power_step(a: Array, q: Array, sort: bool = True) -> tuple[Array, Array]:
       sort: Whether to order the columns.
 
     Returns:
-      The new basis, and the (..., m) positions that its columns had in `q`.
+      The new basis, NaN where `a` is not finite, and the (..., m) positions that its
+      columns had in `q`.
     """
     product = jnp.matmul(a, q, precision="highest")
     order = jnp.broadcast_to(jnp.arange(q.shape[-1]), (*q.shape[:-2], q.shape[-1]))
     if sort:
         order = jnp.argsort(-jnp.sum(q * product, axis=-2), axis=-1)
         product = jnp.take_along_axis(product, order[..., None, :], axis=-1)
-    return jnp.linalg.qr(product)[0], order
+    return jnp.where(_finite(a), jnp.linalg.qr(product)[0], jnp.nan), order
+
+
+def _finite(a: Array) -> Array:
+    """Which matrices are: factorizations of 1×1 and diagonal ones do not show it."""
+    return jnp.all(jnp.isfinite(a), axis=(-2, -1), keepdims=True)

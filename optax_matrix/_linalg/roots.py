@@ -15,7 +15,8 @@ RootMethod = Literal["eigh", "newton"]
 # the largest is there in 30 steps, and converges in a few more.
 _MAX_STEPS = 60
 # Of the estimate of the largest eigenvalue, which damping is a small multiple of.
-_POWER_STEPS = 16
+_POWER_STEPS = 32
+_STARTS = 4
 
 
 class Root(NamedTuple):
@@ -132,17 +133,23 @@ def inverse_root_by_newton(a: Array, p: int, damping: ArrayLike) -> Root:
 
 
 def _largest(a: Array) -> Array:
-    """The largest eigenvalue, (..., 1, 1), by power iteration from the largest row."""
-    sizes = jnp.sum(jnp.square(a), axis=-1)
-    row = jnp.argmax(sizes, axis=-1)[..., None, None]
-    v = jnp.take_along_axis(a, row, axis=-2)
+    """The largest eigenvalue to a few percent, (..., 1, 1), by power iteration.
 
-    def step(_, v):
-        v = jnp.matmul(v, a, precision="highest")
-        return v / numerics.frobenius(v)
+    From several random vectors, always the same: one alone can be orthogonal to what
+    is looked for.
+    """
+    shape = (*a.shape[:-1], _STARTS)
+    v = jax.random.normal(jax.random.key(0), shape, a.dtype)
 
-    v = jax.lax.fori_loop(0, _POWER_STEPS, step, v / numerics.frobenius(v))
-    return numerics.frobenius(jnp.matmul(v, a, precision="highest"))
+    def step(_, carry):
+        v, _ = carry
+        v = jnp.matmul(a, v, precision="highest")
+        length = jnp.linalg.norm(v, axis=-2, keepdims=True)
+        return v / jnp.where(length == 0, 1, length), length
+
+    unit = v / jnp.linalg.norm(v, axis=-2, keepdims=True)
+    _, lengths = jax.lax.fori_loop(0, _POWER_STEPS, step, (unit, unit[..., :1, :]))
+    return jnp.max(lengths, axis=-1, keepdims=True)
 
 
 def _whole_power(t: Array, p: int) -> Array:

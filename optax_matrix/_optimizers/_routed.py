@@ -97,6 +97,11 @@ def settings_of(
       given: What the user gave as `preconditioner`.
       taken: What the optimizer has arguments for itself.
     """
+    if not isinstance(given, Mapping | None):
+        raise TypeError(
+            f"`preconditioner` must be a dict of settings of {transform.__name__}, or "
+            f"None, got {given!r}."
+        )
     known = set(inspect.signature(transform).parameters) - {"layout", *taken}
     unknown = sorted(set(given or {}) - known)
     if unknown:

@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
+from optax_matrix import _linalg
 from optax_matrix._placement import work
 from optax_matrix._placement.plan import Group, Kind, Plan
 from optax_matrix._placement.stacks import over_units
@@ -75,7 +76,7 @@ def init_states(rule: MatrixRule, plan: Plan) -> dict[str, Any]:
     def local() -> dict[str, Any]:
         states = {}
         for name, _, kind, (count, m, n) in _stacks(plan):
-            one = rule.init(m, n, jnp.promote_types(kind.dtype, jnp.float32))
+            one = rule.init(m, n, _linalg.at_least_float32(kind.dtype))
             states[name] = jax.tree.map(
                 lambda x, count=count: jnp.broadcast_to(x, (count, *x.shape)), one
             )

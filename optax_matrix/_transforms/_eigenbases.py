@@ -109,4 +109,4 @@ def average(old: Array, new: Array, decay: ArrayLike) -> Array:
 
 
 def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(_linalg.at_least_float32(x.dtype))

@@ -42,8 +42,11 @@ class KLRule:
         """The step with what is known so far, then the statistics with this update."""
         g = _numerics.wide(x)
         left, right = state.left, state.right
+        first = scalars["count"] == 0
         across = _eigenbases.rotated(g, None, right, self.precision)
         inside = _eigenbases.rotated(across, left, None, self.precision)
+        # The moments do not see the first gradient, and so the first update is zero.
+        inside = jnp.where(first, 0, inside)
         momentum = _eigenbases.average(state.momentum, inside, scalars["b1"])
         eps = _numerics.as_scalar(scalars["eps"], g)
         by_left, by_right = _row(left, g)[:, None], _row(right, g)[None, :]
@@ -58,7 +61,6 @@ class KLRule:
             variance = wide.astype(state.variance.dtype)
         update = _eigenbases.rotated_back(direction, left, right, self.precision)
 
-        first = scalars["count"] == 0
         down = _eigenbases.rotated(g, left, None, self.precision)
         # Of the first gradient, while nothing is known of the other side.
         for_left = jnp.where(first, g, across * by_right)

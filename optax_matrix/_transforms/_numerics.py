@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from optax_matrix import _linalg
 from optax_matrix._layout import MatrixView
 
 
@@ -17,7 +18,7 @@ def wide(x: jax.Array) -> jax.Array:
 
 def wide_dtype(x: Any) -> Any:
     """The dtype of statistics about `x`."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return _linalg.at_least_float32(x.dtype)
 
 
 def as_scalar(value: ArrayLike, like: jax.Array) -> jax.Array:

@@ -101,6 +101,11 @@ def as_state_dtype(name: str, value: DTypeLike | None) -> str | None:
     """The name of a dtype that state is kept in; None is that of the arithmetic."""
     if value is None:
         return None
-    found = jnp.dtype(value).name
-    _check.one_of(name, found, ("bfloat16", "float32", "float64"))
+    allowed = ("bfloat16", "float32", "float64")
+    try:
+        found = jnp.dtype(value).name
+    except TypeError:
+        _check.one_of(name, value, allowed)
+        raise
+    _check.one_of(name, found, allowed)
     return found

@@ -52,7 +52,7 @@ def kl_soap_precondition(
       b2: :math:`\beta_2`, in [0, 1).
       factor_b2: :math:`\beta` of :math:`L`, :math:`R` and the eigenvalues, in [0, 1);
         None is ``b2``.
-      eps: :math:`\epsilon`, positive, in the unit of the update.
+      eps: :math:`\epsilon`, positive, in the unit of the gradient.
       refresh: See `soap_precondition`.
       stagger: See `soap_precondition`.
       initial: What all eigenvalues start from, positive.

@@ -1,6 +1,7 @@
 """Multiplies both sides of an update by roots of its running statistics (Shampoo)."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -118,7 +119,9 @@ class ShampooRule:
             found = _linalg.inverse_root_by_newton(a, p, scalars["damping"])
         good = jnp.all(jnp.isfinite(found.value))
         good = good & (found.residual <= scalars["residual_bound"])
-        root = jnp.where(good, found.value.astype(side.root.dtype), side.root)
+        # A statistic that is zero says nothing, which is no failure either.
+        said = jnp.any(a != 0)
+        root = jnp.where(good & said, found.value.astype(side.root.dtype), side.root)
         health = _preconditioner.after_refresh(
             side.health, good, scalars["max_failures"]
         )
@@ -150,7 +153,7 @@ class ShampooRule:
 
 
 def _seen(scalars: _placement.Scalars) -> Array:
-    return scalars["count"] + 1
+    return _numerics.next_count(scalars["count"])
 
 
 def shampoo_precondition(
@@ -211,7 +214,7 @@ def shampoo_precondition(
         this: with eigh :math:`\max |AQ - Q\Lambda| / \lambda_{\max}`, with Newton
         :math:`\max |X^p A - I|` by its own account. The last good one stays in use.
       max_failures: After so many bad roots in a row ``stuck`` in the state is set for
-        good; see `diagnostics.preconditioners`.
+        good; see `diagnostics.refreshes`.
       moment_dtype: Of :math:`M` in the state: bfloat16, float32 or float64. None is
         float32, or float64 for float64.
       factor_dtype: Of :math:`L, R` and their roots in the state, likewise.
@@ -224,7 +227,8 @@ def shampoo_precondition(
     Returns:
       A transformation for leaves with at least two axes. Updates keep their shape and
       dtype; all arithmetic is in float32, or float64 for float64. The state of an m×n
-      matrix is mn + 2m² + 2n² numbers. A statistic that is zero has the root zero.
+      matrix is mn + 2m² + 2n² numbers. A statistic that is zero at a refresh leaves
+      its root as it was, the identity at first.
 
     Raises:
       ValueError: At construction, for numbers outside these ranges; at ``init``, if a
@@ -298,9 +302,12 @@ def _checked(
                 "`exponents` fix the program and must be Python numbers or None, got "
                 f"{exponents!r}."
             )
-        if not exponent < 0:
-            raise ValueError(f"`exponents` must be negative, got {exponents!r}.")
-        if root == "newton" and abs(1 / exponent - round(1 / exponent)) > 1e-6:
+        if not -math.inf < exponent < 0:
+            raise ValueError(
+                f"`exponents` must be negative and finite, got {exponents!r}."
+            )
+        p = round(-1 / exponent)
+        if root == "newton" and (p < 1 or abs(1 / exponent + p) > 1e-6):
             raise ValueError(
                 "`exponents` must be -1/p with a whole p for root='newton', got "
                 f"{exponents!r}. Use root='eigh' for any others."

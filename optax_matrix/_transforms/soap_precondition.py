@@ -40,14 +40,15 @@ class SoapRule:
         """Adam in the bases so far, then the statistics with this update."""
         g = _numerics.wide(x)
         sides, variance = (state.left, state.right), _variance(state)
-        # Before the first refresh bases are zero, and so are moments and update.
-        inside = _eigenbases.rotated(g, *sides, self.precision)
+        # The moments do not see the first gradient, and so the first update is zero.
+        seen = jnp.where(scalars["count"] == 0, 0, g)
+        inside = _eigenbases.rotated(seen, *sides, self.precision)
         momentum = _eigenbases.average(state.momentum, inside, scalars["b1"])
         squares = jnp.square(inside)
         wide = _eigenbases.average(variance, squares, scalars["b2"])
-        seen = jnp.maximum(scalars["count"], 1)
-        scale = jnp.sqrt(_numerics.bias_correction(scalars["b2"], seen, g))
-        scale = scale / _numerics.bias_correction(scalars["b1"], seen, g)
+        terms = jnp.maximum(scalars["count"], 1)
+        scale = jnp.sqrt(_numerics.bias_correction(scalars["b2"], terms, g))
+        scale = scale / _numerics.bias_correction(scalars["b1"], terms, g)
         eps = _numerics.as_scalar(scalars["eps"], g)
         direction = scale * momentum / (jnp.sqrt(wide) + eps)
         update = _eigenbases.rotated_back(direction, *sides, self.precision)
@@ -150,7 +151,7 @@ def soap_precondition(
       b1: :math:`\beta_1`, in [0, 1).
       b2: :math:`\beta_2`, in [0, 1).
       factor_b2: :math:`\beta` of :math:`L` and :math:`R`, in [0, 1); None is ``b2``.
-      eps: :math:`\epsilon`, positive, in the unit of the update.
+      eps: :math:`\epsilon`, positive, in the unit of the gradient.
       refresh: Updates from one power step of the bases to the next, at least 1.
       stagger: Whether each matrix takes its power step in an update of its own, as
         evenly as can be, instead of all in the same. The basis of the first gradient
@@ -160,7 +161,7 @@ def soap_precondition(
       max_dim: A longer side (of a block) keeps the identity for its basis.
       max_failures: After so many refreshes in a row that were not finite, and so kept
         the last good basis, ``stuck`` in the state is set for good; see
-        `diagnostics.preconditioners`.
+        `diagnostics.refreshes`.
       moment_dtype: Of :math:`M` and :math:`V` in the state: bfloat16, float32 or
         float64. None is float32, or float64 for float64.
       factor_dtype: Of :math:`L, R, Q_L, Q_R` in the state, likewise. In bfloat16 the
