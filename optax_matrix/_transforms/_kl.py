@@ -45,8 +45,9 @@ class KLRule:
         first = scalars["count"] == 0
         across = _eigenbases.rotated(g, None, right, self.precision)
         inside = _eigenbases.rotated(across, left, None, self.precision)
-        # The moments do not see the first gradient, and so the first update is zero.
-        inside = jnp.where(first, 0, inside)
+        # The moments do not see the first gradient, and so the first update is zero;
+        # a product, so that it is NaN if the gradient is.
+        inside = inside * (scalars["count"] > 0).astype(g.dtype)
         momentum = _eigenbases.average(state.momentum, inside, scalars["b1"])
         eps = _numerics.as_scalar(scalars["eps"], g)
         by_left, by_right = _row(left, g)[:, None], _row(right, g)[None, :]

@@ -40,8 +40,9 @@ class SoapRule:
         """Adam in the bases so far, then the statistics with this update."""
         g = _numerics.wide(x)
         sides, variance = (state.left, state.right), _variance(state)
-        # The moments do not see the first gradient, and so the first update is zero.
-        seen = jnp.where(scalars["count"] == 0, 0, g)
+        # The moments do not see the first gradient, and so the first update is zero;
+        # a product, so that it is NaN if the gradient is.
+        seen = g * (scalars["count"] > 0).astype(g.dtype)
         inside = _eigenbases.rotated(seen, *sides, self.precision)
         momentum = _eigenbases.average(state.momentum, inside, scalars["b1"])
         squares = jnp.square(inside)
