@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import collectives, nanogpt_sweep, step_time
+from benchmarks import (
+    collectives,
+    nanogpt_seconds,
+    nanogpt_sweep,
+    preconditioners,
+    step_time,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,3 +61,8 @@ def test_the_tables_of_the_docs_are_those_of_the_raw_results():
     text = (ROOT / "benchmarks" / "README.md").read_text()
     for name in ("gpt384_2026-11-22", "2026-11-22"):
         assert step_time.table(results / f"step_time_{name}.json").strip() in text
+    assert preconditioners.table(results / "preconditioners_2026-11-22.json") in text
+    sweep = results / "nanogpt_preconditioners_2026-11-22.json"
+    assert nanogpt_sweep.table(sweep) in text
+    seconds = results / "nanogpt_seconds_2026-11-22.json"
+    assert nanogpt_seconds.table(sweep, seconds) in text
