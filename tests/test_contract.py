@@ -49,7 +49,10 @@ OPTIMIZERS = {
 }
 SUBJECTS = TRANSFORMS | OPTIMIZERS
 # Long to compile, and made of stages that others here have as well.
-SLOW = {"kl_shampoo_precondition", "kl_soap", "soap_muon", "distributed_shampoo"}
+SLOW = {
+    *("kl_soap_precondition", "kl_shampoo_precondition", "kl_soap", "soap_muon"),
+    *("shampoo", "distributed_shampoo"),
+}
 
 
 def named(names, *rest):

@@ -91,8 +91,8 @@ def bytes_on(device, tree):
     [
         *((name, "soap", AxisType.Explicit) for name in CASES),
         ("a mix", "soap", AxisType.Auto),
-        ("a mix", "shampoo", AxisType.Explicit),
-        ("both sides", "kl", AxisType.Auto),
+        pytest.param("a mix", "shampoo", AxisType.Explicit, marks=pytest.mark.slow),
+        pytest.param("both sides", "kl", AxisType.Auto, marks=pytest.mark.slow),
     ],
 )
 def test_equal_to_one_device_and_evenly_shared(name, rule, kind):
