@@ -51,7 +51,7 @@ SUBJECTS = TRANSFORMS | OPTIMIZERS
 # Long to compile, and made of stages that others here have as well.
 SLOW = {
     *("kl_soap_precondition", "kl_shampoo_precondition", "kl_soap", "soap_muon"),
-    *("shampoo", "distributed_shampoo"),
+    *("shampoo", "distributed_shampoo", "soap"),
 }
 
 

@@ -44,6 +44,7 @@ CASES = {
         None,
     ),
 }
+MORE = ["layers", "stacked", "experts", "both sides"]
 RULES = {
     "soap": lambda **k: om.soap_precondition(refresh=2, max_dim=8, **k),
     "shampoo": lambda **k: om.shampoo_precondition(
@@ -89,7 +90,11 @@ def bytes_on(device, tree):
 @pytest.mark.parametrize(
     ("name", "rule", "kind"),
     [
-        *((name, "soap", AxisType.Explicit) for name in CASES),
+        *((name, "soap", AxisType.Explicit) for name in CASES if name not in MORE),
+        *(
+            pytest.param(name, "soap", AxisType.Explicit, marks=pytest.mark.slow)
+            for name in MORE
+        ),
         ("a mix", "soap", AxisType.Auto),
         pytest.param("a mix", "shampoo", AxisType.Explicit, marks=pytest.mark.slow),
         pytest.param("both sides", "kl", AxisType.Auto, marks=pytest.mark.slow),

@@ -64,11 +64,9 @@ def over_units(
         return jax.lax.map(lambda xs: fn(*xs), tuple(trees), batch_size=stack_size)
     if count > unrolled:
         return jax.lax.map(lambda xs: fn(*xs), tuple(trees))
-    once, each = (
-        jax.jit(fn),
-        [jax.tree.map(lambda x, i=i: x[i], tuple(trees)) for i in range(count)],
-    )
-    done = [once(*unit) for unit in each]
+    units = [jax.tree.map(lambda x, i=i: x[i], tuple(trees)) for i in range(count)]
+    once = jax.jit(fn)
+    done = [once(*unit) for unit in units]
     return jax.tree.map(lambda *xs: jnp.stack(xs), *done)
 
 

@@ -27,6 +27,8 @@ RULES = {
 every = pytest.mark.parametrize("name", RULES)
 NAMES = {"factor_b2": "shampoo_b2", "max_scale": "clamp"}
 
+pytestmark = pytest.mark.slow
+
 
 def transform(name, **settings):
     return RULES[name][0](**settings)
