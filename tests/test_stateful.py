@@ -132,7 +132,7 @@ def test_equal_to_one_device_and_evenly_shared(name, rule, kind):
 
 def test_refreshes_are_shared_and_staggered():
     leaves = many(16, (8, 8), P("x"))
-    mesh = jax.make_mesh((8,), ("x",))
+    mesh = jax.make_mesh((8,), ("x",), (AxisType.Explicit,))
     tx = om.soap_precondition(refresh=2, stagger=True)
     with jax.set_mesh(mesh):
         shardings = {k: NamedSharding(mesh, spec) for k, (_, spec) in leaves.items()}
@@ -156,7 +156,7 @@ def test_refreshes_are_shared_and_staggered():
 def test_blocks_of_a_whole_side_are_spread_like_matrices():
     leaves = {"w": ((16, 16), P())}
     want = on_one(om.soap_precondition(refresh=2, block_size=4), leaves)[1]
-    mesh = jax.make_mesh((8,), ("x",))
+    mesh = jax.make_mesh((8,), ("x",), (AxisType.Explicit,))
     tx = om.soap_precondition(refresh=2, block_size=4)
     with jax.set_mesh(mesh):
         params = jax.device_put(gradients(leaves, 0), P())
@@ -174,7 +174,7 @@ def test_state_for_another_mesh_raises():
     leaves = many(3, (8, 8), P("x"))
     tx = om.soap_precondition()
     state = tx.init(gradients(leaves, 0))
-    mesh = jax.make_mesh((8,), ("x",))
+    mesh = jax.make_mesh((8,), ("x",), (AxisType.Explicit,))
     with jax.set_mesh(mesh):
         grads = jax.device_put(gradients(leaves, 0), P("x"))
         with pytest.raises(ValueError, match=r"'8x8': 3.*need .*'8x8': 8.*`placement`"):
