@@ -20,7 +20,7 @@ LOCK = $$(test -e $(VENV)/.locked && echo "--constraint $(LOCKFILE)")
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # OpenBLAS, which jaxlib takes LAPACK from on CPU, would otherwise run threads of its own
-# beside XLA's, and a factorization takes two to three times as long.
+# beside XLA's, which slows both: see benchmarks/README.md.
 export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: nanogpt test test-lowest test-newest lint format wheel clean

@@ -56,22 +56,13 @@ def soap(
     References:
       Vyas et al., 2024, `arXiv:2409.11321 <https://arxiv.org/abs/2409.11321>`_.
     """
-    precondition = _preconditioner(
+    return _in_a_basis(
         _transforms.soap_precondition,
         {"b1": b1, "b2": b2, "eps": eps, "refresh": refresh, "placement": placement},
         preconditioner,
-    )
-
-    def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
-        return optax.chain(
-            precondition(layout),
-            _routed.decayed(weight_decay),
-            optax.scale_by_learning_rate(learning_rate),
-        )
-
-    return _routed.routed(
-        matrix,
+        None,
         learning_rate=learning_rate,
+        weight_decay=weight_decay,
         routing=routing,
         auxiliary=auxiliary,
         auxiliary_learning_rate=auxiliary_learning_rate,
@@ -125,22 +116,13 @@ def kl_soap(
       Lin et al., 2025, `arXiv:2509.03378 <https://arxiv.org/abs/2509.03378>`_. Differs:
       the defaults are those of `soap`; theirs are 1e-4, 0.9 and 0.98.
     """
-    precondition = _preconditioner(
+    return _in_a_basis(
         _transforms.kl_soap_precondition,
         {"b1": b1, "b2": b2, "eps": eps, "refresh": refresh, "placement": placement},
         preconditioner,
-    )
-
-    def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
-        return optax.chain(
-            precondition(layout),
-            _routed.decayed(weight_decay),
-            optax.scale_by_learning_rate(learning_rate),
-        )
-
-    return _routed.routed(
-        matrix,
+        None,
         learning_rate=learning_rate,
+        weight_decay=weight_decay,
         routing=routing,
         auxiliary=auxiliary,
         auxiliary_learning_rate=auxiliary_learning_rate,
@@ -200,17 +182,45 @@ def soap_muon(
       Vyas et al., 2024, `arXiv:2409.11321 <https://arxiv.org/abs/2409.11321>`_; Jordan
       et al., 2024, `Muon <https://kellerjordan.github.io/posts/muon/>`_.
     """
-    precondition = _preconditioner(
+
+    def shaped(layout: _layout.Layout) -> optax.GradientTransformation:
+        return optax.chain(
+            _routed.orthogonalized(orthogonalize, layout, placement),
+            _routed.shaped(shape_scale, layout),
+        )
+
+    return _in_a_basis(
         _transforms.soap_precondition,
         {"b1": b1, "b2": b2, "eps": eps, "refresh": refresh, "placement": placement},
         preconditioner,
+        shaped,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        routing=routing,
+        auxiliary=auxiliary,
+        auxiliary_learning_rate=auxiliary_learning_rate,
     )
+
+
+def _in_a_basis(
+    transform: Callable[..., optax.GradientTransformation],
+    named: dict[str, Any],
+    preconditioner: Mapping[str, Any] | None,
+    then: Callable[[_layout.Layout], optax.GradientTransformation] | None,
+    *,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: ArrayLike,
+    routing: _routing.Routing,
+    auxiliary: _routed.Auxiliary,
+    auxiliary_learning_rate: optax.ScalarOrSchedule | None,
+) -> optax.GradientTransformationExtraArgs:
+    """The preconditioner, what follows it, weight decay and learning rate; routed."""
+    settings = named | _routed.settings_of(transform, preconditioner, named)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(
-            precondition(layout),
-            _routed.orthogonalized(orthogonalize, layout, placement),
-            _routed.shaped(shape_scale, layout),
+            transform(**settings, layout=layout),
+            then(layout) if then else optax.identity(),
             _routed.decayed(weight_decay),
             optax.scale_by_learning_rate(learning_rate),
         )
@@ -222,12 +232,3 @@ def soap_muon(
         auxiliary=auxiliary,
         auxiliary_learning_rate=auxiliary_learning_rate,
     )
-
-
-def _preconditioner(
-    transform: Callable[..., optax.GradientTransformation],
-    named: dict[str, Any],
-    given: Mapping[str, Any] | None,
-) -> Callable[[_layout.Layout], optax.GradientTransformation]:
-    settings = named | _routed.settings_of(transform, given, named)
-    return lambda layout: transform(**settings, layout=layout)

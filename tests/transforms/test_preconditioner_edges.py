@@ -66,6 +66,17 @@ def test_newtons_damping_is_relative_to_the_largest_eigenvalue():
     assert np.abs(got.value - want).max() < 1e-2 * np.abs(want).max()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_newtons_damping_is_within_a_few_percent_without_a_gap(seed):
+    # In the null space of A, the inverse of A + damping * largest shows the largest.
+    g = np.random.default_rng(seed).standard_normal((60, 40))
+    u, s, _ = np.linalg.svd(g)
+    a, null = jnp.asarray(g @ g.T, "float32"), u[:, -1]
+    found = inverse_root_by_newton(a, 1, 0.1).value
+    largest = 1 / (0.1 * (null @ np.asarray(found, np.float64) @ null))
+    np.testing.assert_allclose(largest, s[0] ** 2, rtol=0.05)
+
+
 @pytest.mark.parametrize("name", ["moment_dtype", "factor_dtype"])
 def test_a_dtype_that_is_none_names_the_argument(name):
     with pytest.raises((ValueError, TypeError), match=f"`{name}`"):
