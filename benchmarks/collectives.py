@@ -15,6 +15,7 @@ numbers say what a partitioning sends, not how many calls or how long it takes t
 
 import argparse
 import collections
+import itertools
 import json
 import sys
 import time
@@ -34,6 +35,8 @@ from benchmarks.step_time import PEER, environment
 OURS = "ours"
 DEVICES = 8
 WIDTH = 256
+# FLOPs alone, and links as slow as between hosts: see `om.Placement`.
+FLOPS_PER_BYTE = (0, 8000)
 
 Shapes = dict[str, tuple[tuple[int, ...], P]]
 Mesh = tuple[tuple[int, ...], tuple[str, ...]]
@@ -236,15 +239,21 @@ MODELS = {
 
 
 def predict(
-    case: Case, method: str = "newton_schulz", dtype: str = "float32"
+    case: Case,
+    method: str = "newton_schulz",
+    dtype: str = "float32",
+    flops_per_byte: float = 0.0,
 ) -> dict[str, float]:
     """What orthogonalization costs a device by formula, without devices."""
     params = shaped(case, jax.sharding.AbstractMesh(*case.mesh), dtype)
-    return om.describe_placement(params, method, routing=lambda _, leaf: True).totals
+    placement = om.Placement(params, flops_per_byte=flops_per_byte)
+    return om.describe_placement(
+        params, method, routing=lambda _, leaf: True, placement=placement
+    ).totals
 
 
 def predict_model(model: Model) -> list[dict[str, Any]]:
-    """The costs on all numbers of devices, for two methods and two dtypes."""
+    """The costs on all numbers of devices, by method, dtype and worth of a byte."""
     rows = []
     for devices in model.devices:
         how, mesh, spec = model.lie(devices)
@@ -253,13 +262,14 @@ def predict_model(model: Model) -> list[dict[str, Any]]:
             for layer in range(model.layers)
             for name, shape in model.matrices.items()
         }
-        for method in ("newton_schulz", "halley"):
-            for dtype in ("float32", "bfloat16"):
-                begin = time.perf_counter()
-                costs = predict(Case(mesh, leaves), method, dtype)
-                row = {"devices": devices, "sharding": how, "method": method}
-                row |= {"dtype": dtype, **costs}
-                rows.append({**row, "seconds": time.perf_counter() - begin})
+        for method, dtype, worth in itertools.product(
+            ("newton_schulz", "halley"), ("float32", "bfloat16"), FLOPS_PER_BYTE
+        ):
+            begin = time.perf_counter()
+            costs = predict(Case(mesh, leaves), method, dtype, worth)
+            row = {"devices": devices, "sharding": how, "method": method}
+            row |= {"dtype": dtype, "flops_per_byte": worth, **costs}
+            rows.append({**row, "seconds": time.perf_counter() - begin})
     return rows
 
 

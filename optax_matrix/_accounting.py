@@ -69,7 +69,7 @@ def describe_placement(
         [view for view, _ in pairs],
         [leaf for _, leaf in pairs],
         place.of(matrices),
-        place.stack_size,
+        place.strategy,
     )
 
 

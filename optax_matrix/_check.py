@@ -52,6 +52,14 @@ def static_int(name: str, value: Any, low: int) -> None:
         raise ValueError(f"`{name}` must be at least {low}, got {value}.")
 
 
+def static_number(name: str, value: Any) -> None:
+    """Raises unless `value` is a Python number: one that fixes the program."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(
+            f"`{name}` fixes the program and must be a Python number, got {value!r}."
+        )
+
+
 def params_given(params: Any, user: str) -> None:
     """Raises if `params` is None, naming the transform that needs it."""
     if params is None:

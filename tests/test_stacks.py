@@ -80,32 +80,46 @@ def test_on_cpu_matrices_are_looped_over_and_elsewhere_stacked(monkeypatch):
     assert rules.exchange_size(2**15, 2**15, 4) == 1
 
 
+def even(parts):
+    """FLOPs of a part, and bytes that grow with the number of parts."""
+    return 8_000 // parts, 100 * (parts - 1)
+
+
 @pytest.mark.parametrize(
-    "count, devices, shape, parts",
+    "count, devices, parts",
     [
-        (1, 8, (64, 64), 8),
-        (3, 8, (64, 256), 2),
-        (4, 8, (64, 256), 2),
-        (5, 8, (64, 256), 1),  # two parts of each would be ten
-        (7, 64, (64, 256), 8),
-        (3, 6, (64, 64), 2),
-        (3, 7, (64, 64), 1),  # nothing divides 7
+        (16, 8, 1),  # they go round
+        (39, 8, 1),  # 40 / 39 is even enough
+        (1, 8, 8),
+        (4, 8, 2),
+        (12, 8, 2),
+        (3, 8, 8),  # two of each on six devices would be 4 / 3
+        (11, 8, 2),  # 12 / 11
+        (5, 8, 8),
+        (3, 6, 2),
+        (3, 7, 7),
     ],
 )
-def test_parts_fit_the_devices_and_save_work(count, devices, shape, parts):
-    flops = om.NewtonSchulz().flops
-    got = rules.parts(count, devices, shape, flops)
-    assert got == parts
-    assert devices % got == 0 and got * count <= devices
+def test_parts_are_the_fewest_bytes_for_an_even_split(count, devices, parts):
+    assert rules.parts(count, devices, even, 0.0) == parts
 
 
-def test_parts_that_save_next_to_nothing_are_not_made():
-    small = 1_000_000
+def test_parts_that_cannot_be_even_are_the_best_there_are():
+    def repeated(parts):
+        return 6_000 + 2_000 // parts, 100 * (parts - 1)
 
-    def mostly_small(m, n, parts):
-        return small + m * m * n // parts
+    assert rules.parts(1, 8, repeated, 0.0) == 8
+    assert rules.parts(4, 8, repeated, 0.0) == 2
+    # More parts than fit would be repeated more often on a device.
+    assert rules.parts(5, 8, repeated, 0.0) == 1
 
-    assert rules.parts(4, 8, (8, 8), mostly_small) == 1
+
+@pytest.mark.parametrize(
+    "flops_per_byte, parts", [(0, 8), (1, 8), (6, 4), (30, 2), (50, 1)]
+)
+def test_parts_are_fewer_the_dearer_a_byte(flops_per_byte, parts):
+    # 8,000, 4,000, 2,000 and 1,000 FLOPs for 0, 100, 300 and 700 bytes.
+    assert rules.parts(1, 8, even, flops_per_byte) == parts
 
 
 def test_four_to_one_takes_little_more_than_half_the_plain_flops():

@@ -16,7 +16,7 @@ from optax_matrix._linalg.newton_schulz import (
     newton_schulz_flops,
     restart_points,
 )
-from optax_matrix._linalg.numerics import Parts, at_least_float32
+from optax_matrix._linalg.numerics import Parts, Traffic, at_least_float32
 from optax_matrix._linalg.polar import (
     Exact,
     Halley,
@@ -43,6 +43,7 @@ __all__ = [
     "PolarMethod",
     "Root",
     "RootMethod",
+    "Traffic",
     "as_method",
     "at_least_float32",
     "block_gain",

@@ -1,15 +1,17 @@
 """Newton-Schulz orthogonalization, on the matrix or on its Gram matrix."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
 from optax_matrix._linalg import numerics
 from optax_matrix._linalg.coefficients import Normalization, Row
-from optax_matrix._linalg.numerics import WHOLE, Parts, Precision
+from optax_matrix._linalg.numerics import WHOLE, Parts, Precision, Traffic
 
 Method = Literal["auto", "plain", "gram"]
 
@@ -58,9 +60,14 @@ def restart_points(rows: Sequence[Row], gain: float) -> tuple[int, ...]:
 
 
 def newton_schulz_flops(
-    m: int, n: int, steps: int, restarts: int | None = None, parts: int = 1
+    m: int,
+    n: int,
+    steps: int,
+    restarts: int | None = None,
+    parts: int = 1,
+    cubic: int = 0,
 ) -> int:
-    """Returns the matmul FLOPs of one m×n matrix, or of a part of it, all quintic.
+    """Returns the matmul FLOPs of one m×n matrix, or of a part of it.
 
     With ``rect = 2m²n`` and ``small = 2m³``: the plain iteration costs
     ``steps (2 rect + small)``. In Gram form each of ``k = restarts + 1`` blocks costs
@@ -73,17 +80,18 @@ def newton_schulz_flops(
       n: The other.
       steps: Number of steps.
       restarts: Number of restarts of the Gram form; None for the plain iteration.
-      parts: In how many the longer side is cut; each repeats the small products.
+      parts: In how many the longer side is cut; each has its rows of small products.
+      cubic: How many steps have c = 0.
 
     Returns:
       FLOPs, counting a multiply-add as two.
     """
     m, n = min(m, n), max(m, n)
-    rect, small = 2 * m * m * -(-n // parts), 2 * m**3
+    rect, small = 2 * m * m * -(-n // parts), 2 * m * m * -(-m // parts)
     if restarts is None:
-        return steps * (2 * rect + small)
+        return steps * (2 * rect + small) - cubic * small
     blocks = restarts + 1
-    return 2 * blocks * rect + (steps + 3 * (steps - blocks)) * small
+    return 2 * blocks * rect + (steps - cubic + 3 * (steps - blocks)) * small
 
 
 def gram_is_cheaper(m: int, n: int, steps: int, restarts: int, parts: int = 1) -> bool:
@@ -142,7 +150,8 @@ def newton_schulz(
         recent NVIDIA GPUs and bfloat16 passes on TPU; enough for an optimizer, not to
         see the two methods agree to float32 rounding.
       parts: None for whole matrices. Otherwise `x` is one part of each matrix, cut
-        across the last axis, which is the longer side of the whole.
+        across the last axis, which is the longer side of the whole. Parts sum the Gram
+        matrices, and each makes its rows of the products of small matrices.
 
     Returns:
       (..., m, n) in the dtype of `x`. A zero matrix gives zero; one with a NaN or Inf
@@ -199,10 +208,10 @@ def newton_schulz(
         block = rows[start:stop]
         if half and len(block) == 1:
             # Adding a to the diagonal of a half-precision Z would round it once more.
-            z = _quadratic(gram, block[0], precision)
+            z = _quadratic(gram, block[0], precision, parts)
             y = block[0][0] * y + jnp.matmul(z, y, precision=precision)
             continue
-        q = gram_factor(gram, block, precision)
+        q = gram_factor(gram, block, precision, parts)
         if not start and not half:
             # On the small factor rather than on y: a pass less over y.
             q = q * numerics.transpose(scale)
@@ -251,13 +260,50 @@ def _scale(gram: Array, normalization: Normalization) -> Array:
     return numerics.inverse_root(square)
 
 
-def gram_factor(gram: Array, rows: Sequence[Row], precision: Precision = None) -> Array:
+def newton_schulz_traffic(
+    m: int,
+    n: int,
+    rows: Sequence[Row],
+    restarts: Sequence[int] | None,
+    parts: int,
+    dtype: DTypeLike,
+) -> Traffic:
+    """Returns what the parts of one matrix tell one another.
+
+    A sum of the Gram matrix for each block; a gather of R², of R from the second step
+    of a block on, and of its Q unless that took one step. The plain iteration is as
+    blocks of one step each.
+
+    Args:
+      m: One side.
+      n: The other.
+      rows: Coefficients.
+      restarts: Where the Gram form restarts; None for the plain iteration.
+      parts: In how many the longer side is cut.
+      dtype: Of the products.
+    """
+    steps = len(rows)
+    blocks = steps if restarts is None else len(restarts) + 1
+    edges = range(steps) if restarts is None else (0, *restarts)
+    lengths = [b - a for a, b in itertools.pairwise((*edges, steps))]
+    squares = sum(row[2] != 0.0 for row in rows)
+    gathers = squares + steps - blocks + sum(length > 1 for length in lengths)
+    return numerics.traffic(min(m, n), blocks, gathers, parts, dtype)
+
+
+def gram_factor(
+    gram: Array,
+    rows: Sequence[Row],
+    precision: Precision = None,
+    parts: Parts = WHOLE,
+) -> Array:
     """Returns Q, a polynomial in R = XXᵀ, such that QX is Newton-Schulz run on X.
 
     Args:
       gram: R, (..., m, m), symmetric with eigenvalues in [0, 1].
       rows: Coefficients, first applied first, at least one.
       precision: Of the matmuls.
+      parts: Among whom the products are shared; all have R, and get Q.
 
     Returns:
       (..., m, m) in the dtype of `gram`. One call is one block: beyond the first of
@@ -271,19 +317,23 @@ def gram_factor(gram: Array, rows: Sequence[Row], precision: Precision = None) -
 
     def factor(r: Array, row: Row) -> Array:
         # With a on the diagonal rather than a Y added after ZY: a pass less over Y.
-        return row[0] * numerics.eye_like(r) + _quadratic(r, row, precision)
+        return row[0] * numerics.eye_like(r) + _quadratic(r, row, precision, parts)
 
-    q = p = factor(gram, rows[0])
-    r = gram
+    m = gram.shape[-1]
+    r, p = gram, factor(gram, rows[0])
+    if len(rows) == 1:
+        return p
+    q = parts.own(p)
     for row in rows[1:]:
-        r = product(p, product(r, p))
+        r = parts.gather(product(product(parts.own(p), r), p), m)
         p = factor(r, row)
         q = product(q, p)
-    return q
+    return parts.gather(q, m)
 
 
-def _quadratic(r: Array, row: Row, precision: Precision) -> Array:
+def _quadratic(r: Array, row: Row, precision: Precision, parts: Parts) -> Array:
     _, b, c = row
     if c == 0.0:
         return b * r
-    return b * r + c * jnp.matmul(r, r, precision=precision)
+    square = jnp.matmul(parts.own(r), r, precision=precision)
+    return b * r + c * parts.gather(square, r.shape[-1])

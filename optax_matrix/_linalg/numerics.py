@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +19,48 @@ _MATRIX = (-2, -1)
 
 @dataclass(frozen=True)
 class Parts:
-    """How matrices that are cut across their last axis are reduced over all parts.
+    """How matrices that are cut across their last axis are worked on by all parts.
 
     Attributes:
       count: Number of parts of a matrix.
       sum: Adds up what the parts found, such as a Gram matrix.
       max: Takes the largest of what the parts found.
+      own: The rows, of a small matrix that all parts have, that this part works on:
+        (..., m, k) to (..., ⌈m/count⌉, k), the last part's filled up with zeros.
+      gather: Its inverse, given m: what the parts made of their rows, for all of them.
     """
 
     count: int
     sum: Callable[[Array], Array]
     max: Callable[[Array], Array]
+    own: Callable[[Array], Array]
+    gather: Callable[[Array, int], Array]
 
 
-WHOLE = Parts(1, lambda x: x, lambda x: x)
+WHOLE = Parts(1, lambda x: x, lambda x: x, lambda x: x, lambda x, m: x)
+
+
+class Traffic(NamedTuple):
+    """What the parts of one matrix tell one another.
+
+    Attributes:
+      sums: How many small matrices are added up, one after another.
+      gathers: How many small matrices are put together from their rows.
+      bytes: What one part receives in all of these, sums running around a ring.
+    """
+
+    sums: int
+    gathers: int
+    bytes: int
+
+
+def traffic(m: int, sums: int, gathers: int, parts: int, dtype: DTypeLike) -> Traffic:
+    """What so many sums and gathers of m×m matrices move between `parts` parts."""
+    row = m * jnp.dtype(dtype).itemsize
+    # A sum passes everything twice, but for each one's own part of it.
+    summed = -(-2 * m * row * (parts - 1) // parts)
+    gathered = -(-m // parts) * row * (parts - 1)
+    return Traffic(sums, gathers, sums * summed + gathers * gathered)
 
 
 def as_dtype(value: DTypeLike | None, allowed: tuple[str, ...]) -> np.dtype | None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -25,8 +25,9 @@ from optax_matrix._linalg.newton_schulz import (
     gram_restarts,
     newton_schulz,
     newton_schulz_flops,
+    newton_schulz_traffic,
 )
-from optax_matrix._linalg.numerics import Parts, Precision
+from optax_matrix._linalg.numerics import Parts, Precision, Traffic
 
 _FACTORIZABLE = ("float32", "float64")
 _MULTIPLIABLE = ("bfloat16", "float16", *_FACTORIZABLE)
@@ -56,8 +57,8 @@ class PartwiseMethod(PolarMethod, Protocol):
         """Returns the FLOPs of one m×n matrix, or of one of its parts."""
         ...
 
-    def sums(self, m: int, n: int, parts: int) -> int:
-        """Returns how many Gram matrices are summed over the parts of one matrix."""
+    def traffic(self, m: int, n: int, parts: int, dtype: DTypeLike) -> Traffic:
+        """Returns what the parts of one matrix of a dtype tell one another."""
         ...
 
 
@@ -135,19 +136,28 @@ class NewtonSchulz:
 
     def flops(self, m: int, n: int, parts: int = 1) -> int:
         """FLOPs of one m×n matrix or of a part of it; see `newton_schulz_flops`."""
-        restarts = self._restarts(m, n, parts)
-        return newton_schulz_flops(m, n, len(self.rows), restarts, parts)
+        points = self._restarts(m, n, parts, None)
+        restarts = None if points is None else len(points)
+        rows = self.rows
+        cubic = sum(row[2] == 0.0 for row in rows)
+        return newton_schulz_flops(m, n, len(rows), restarts, parts, cubic)
 
-    def sums(self, m: int, n: int, parts: int) -> int:
-        """How many Gram matrices a run forms: one a step, or one a block."""
-        restarts = self._restarts(m, n, parts)
-        return len(self.rows) if restarts is None else restarts + 1
+    def traffic(self, m: int, n: int, parts: int, dtype: DTypeLike) -> Traffic:
+        """What parts of one matrix tell one another; see `newton_schulz_traffic`."""
+        points = self._restarts(m, n, parts, dtype)
+        products = self._dtype(dtype)
+        return newton_schulz_traffic(m, n, self.rows, points, parts, products)
 
-    def _restarts(self, m: int, n: int, parts: int) -> int | None:
-        dtype = numerics.as_dtype(self.dtype, _MULTIPLIABLE) or jnp.dtype("float32")
+    def _dtype(self, dtype: DTypeLike | None) -> np.dtype:
+        own = numerics.as_dtype(self.dtype, _MULTIPLIABLE)
+        return own or numerics.at_least_float32(dtype or "float32")
+
+    def _restarts(
+        self, m: int, n: int, parts: int, dtype: DTypeLike | None
+    ) -> tuple[int, ...] | None:
         precision = numerics.as_precision(self.precision)
-        points = gram_restarts(m, n, self.rows, self.method, dtype, precision, parts)
-        return None if points is None else len(points)
+        dtype = self._dtype(dtype)
+        return gram_restarts(m, n, self.rows, self.method, dtype, precision, parts)
 
 
 @dataclass(frozen=True)
@@ -185,11 +195,7 @@ class Halley:
     def __post_init__(self) -> None:
         """Checks the arguments and stores them in hashable form."""
         bound = self.lower_bound
-        if isinstance(bound, bool) or not isinstance(bound, int | float):
-            raise TypeError(
-                "`lower_bound` fixes the program and must be a Python number, got "
-                f"{bound!r}."
-            )
+        _check.static_number("lower_bound", bound)
         if not 0.0 < bound <= 1.0:
             raise ValueError(f"`lower_bound` must lie in (0, 1], got {bound!r}.")
         _check.static_int("steps", self.steps, 1)
@@ -210,10 +216,11 @@ class Halley:
         """FLOPs of one m×n matrix or of a part of it; see `halley_flops`."""
         return halley_flops(m, n, self.steps, parts)
 
-    def sums(self, m: int, n: int, parts: int) -> int:
-        """How many Gram matrices a run forms: one a step."""
-        del m, n, parts
-        return self.steps
+    def traffic(self, m: int, n: int, parts: int, dtype: DTypeLike) -> Traffic:
+        """What parts tell one another: a Gram matrix and an inverse a step."""
+        own = numerics.as_dtype(self.dtype, _FACTORIZABLE)
+        found = own or numerics.at_least_float32(dtype)
+        return numerics.traffic(min(m, n), self.steps, self.steps, parts, found)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from optax_matrix._layout import MatrixView
 from optax_matrix._placement import work
 from optax_matrix._placement.cost import PlacementDescription, group_cost
 from optax_matrix._placement.plan import Leaf, Plan, make_plan
+from optax_matrix._placement.rules import Strategy
 from optax_matrix._placement.stateful import (
     Cadence,
     MatrixRule,
@@ -28,6 +29,7 @@ __all__ = [
     "Placement",
     "PlacementDescription",
     "Scalars",
+    "Strategy",
     "check",
     "describe",
     "init",
@@ -43,7 +45,7 @@ def _sharding(leaf: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where the matrices of a tree lie, and how many are worked on at once.
+    """Where the matrices of a tree lie, and how they are worked on.
 
     On a mesh with explicit axes (the default of `jax.make_mesh` since JAX 0.9) types
     say where leaves lie, and no `Placement` is needed. On a mesh with auto axes it is
@@ -58,11 +60,18 @@ class Placement:
         brings together in one exchange. 1 is a loop, which is fastest on CPU; larger
         stacks take more memory. None for the rule: 1 on CPU, and elsewhere stacks of
         2²⁶ entries, exchanged 1 GiB a device at a time.
+      flops_per_byte: What receiving a byte is worth, in FLOPs of one device: its speed
+        over that of its links, for an H100 with 400 TFLOP/s about 900 within a host
+        (450 GB/s) and 8,000 between hosts (50 GB/s). Where matrices do not go round the
+        devices, those left over are cut in parts that keep summing and gathering small
+        matrices, if that is worth it. 0, the default, is for FLOPs alone: then each
+        device has at most 1.1 times an even split, wherever that can be.
 
     Raises:
       TypeError: At construction, if `sharding` has leaves without a named sharding, or
-        `stack_size` is not an int.
-      ValueError: At construction, if `stack_size` is below 1.
+        `stack_size` is not an int or `flops_per_byte` not a number.
+      ValueError: At construction, if `stack_size` is below 1 or `flops_per_byte`
+        negative.
 
     Example:
       >>> import jax
@@ -73,11 +82,14 @@ class Placement:
 
     sharding: Any = None
     stack_size: int | None = None
+    flops_per_byte: float = 0.0
 
     def __post_init__(self) -> None:
         """Keeps the shardings of parameters, not the parameters."""
         if self.stack_size is not None:
             _check.static_int("stack_size", self.stack_size, 1)
+        _check.static_number("flops_per_byte", self.flops_per_byte)
+        _check.in_range("flops_per_byte", self.flops_per_byte, 0.0)
         tree = jax.tree.map(_sharding, _paths.unboxed(self.sharding))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             if not isinstance(leaf, jax.sharding.Sharding):
@@ -87,6 +99,11 @@ class Placement:
                     "parameters, or jax.tree.map(lambda p: p.sharding, params)."
                 )
         object.__setattr__(self, "sharding", tree)
+
+    @property
+    def strategy(self) -> Strategy:
+        """What it sets by hand."""
+        return Strategy(self.stack_size, float(self.flops_per_byte))
 
     def of(self, tree: Any, as_typed: bool = False) -> list[jax.NamedSharding | None]:
         """The sharding of every leaf of `tree`; None where there is one device.
@@ -111,7 +128,7 @@ def polar(
     views: Sequence[MatrixView],
     leaves: Sequence[Array],
     shardings: Sequence[jax.NamedSharding | None],
-    stack_size: int | None = None,
+    strategy: Strategy,
 ) -> list[Array]:
     """Replaces every matrix of the leaves by its polar factor, spread over the mesh.
 
@@ -120,13 +137,13 @@ def polar(
       views: The matrices of each leaf.
       leaves: The leaves.
       shardings: Where each lies; None is on one device, or not known.
-      stack_size: See `Placement`.
+      strategy: What is set by hand.
 
     Returns:
       Leaves like `leaves`, sharded alike.
     """
     results: list[Array] = list(leaves)
-    for plan, indices in _plans(method, views, leaves, shardings, stack_size):
+    for plan, indices in _plans(method, views, leaves, shardings, strategy):
         given = [leaves[i] for i in indices]
         if plan.mesh is None:
             given = [_mesh.gathered(leaf) for leaf in given]
@@ -140,10 +157,10 @@ def check(
     views: Sequence[MatrixView],
     leaves: Sequence[Any],
     shardings: Sequence[jax.NamedSharding | None],
-    stack_size: int | None = None,
+    strategy: Strategy,
 ) -> None:
     """Raises what `polar` would raise about shardings; leaves may be descriptions."""
-    _plans(method, views, leaves, shardings, stack_size)
+    _plans(method, views, leaves, shardings, strategy)
 
 
 def init(
@@ -151,13 +168,13 @@ def init(
     views: Sequence[MatrixView],
     leaves: Sequence[Any],
     shardings: Sequence[jax.NamedSharding | None],
-    stack_size: int | None = None,
+    strategy: Strategy,
 ) -> dict[str, Any]:
     """The state of a rule for every matrix of the leaves, by shape.
 
     Matrices of one shape are one stack, whose first axis is spread over all devices.
     """
-    plans = _plans(None, views, leaves, shardings, stack_size)
+    plans = _plans(None, views, leaves, shardings, strategy)
     if len(plans) > 1:
         raise ValueError(
             "The leaves lie on different meshes, or some on none: "
@@ -175,7 +192,7 @@ def update(
     shardings: Sequence[jax.NamedSharding | None],
     states: dict[str, Any],
     scalars: Scalars,
-    stack_size: int | None = None,
+    strategy: Strategy,
 ) -> tuple[list[Array], dict[str, Any]]:
     """Applies a rule to every matrix of the leaves, spread over the mesh.
 
@@ -187,13 +204,13 @@ def update(
       shardings: Where each lies; None is on one device, or not known.
       states: What `init` returned, or the last update.
       scalars: Numbers that the rule takes, with ``count``.
-      stack_size: See `Placement`.
+      strategy: What is set by hand.
 
     Returns:
       Leaves like `leaves`, sharded alike, and the new states.
     """
     results: list[Array] = list(leaves)
-    for plan, indices in _plans(None, views, leaves, shardings, stack_size):
+    for plan, indices in _plans(None, views, leaves, shardings, strategy):
         check_states(plan, states)
         given = [leaves[i] for i in indices]
         if plan.mesh is None:
@@ -209,10 +226,10 @@ def describe(
     views: Sequence[MatrixView],
     leaves: Sequence[Any],
     shardings: Sequence[jax.NamedSharding | None],
-    stack_size: int | None = None,
+    strategy: Strategy,
 ) -> PlacementDescription:
     """What `polar` costs each device; leaves may be descriptions of arrays."""
-    plans = _plans(method, views, leaves, shardings, stack_size)
+    plans = _plans(method, views, leaves, shardings, strategy)
     costs = [
         group_cost(plan, group, method) for plan, _ in plans for group in plan.groups
     ]
@@ -224,7 +241,7 @@ def _plans(
     views: Sequence[MatrixView],
     leaves: Sequence[Any],
     shardings: Sequence[jax.NamedSharding | None],
-    stack_size: int | None,
+    strategy: Strategy,
 ) -> list[tuple[Plan, list[int]]]:
     """A plan for the leaves of each mesh, and which they are; none for empty leaves."""
     by_mesh: dict[Any, list[int]] = {}
@@ -237,7 +254,7 @@ def _plans(
     plans = []
     for indices in by_mesh.values():
         parts = [Leaf(views[i], shardings[i], leaves[i].dtype.name) for i in indices]
-        plans.append((make_plan(parts, partwise, stack_size), indices))
+        plans.append((make_plan(parts, partwise, strategy), indices))
     return plans
 
 

@@ -20,16 +20,17 @@ class GroupCost:
       devices: How many devices share them; with experts or layers sharded over other
         axes, each of those slices has as many of its own.
       per_device: How many whole matrices the busiest device works on.
-      parts: In how many parts those left over are cut, of which it has one; 1 if none
-        are cut.
+      parts: In how many parts those left over are cut; 1 if none are.
+      parts_per_device: How many of these the busiest device works on.
       flops: Of the busiest device.
       even_flops: Of all matrices, over all devices.
       exchanges: How many there are: in and out, out alone, or none.
       exchanged_bytes: What a device receives in them.
       least_bytes: What it must receive for each matrix to be in one place once, and
         each device to have the result for what it holds.
-      sums: How many Gram matrices are summed over devices, one after another.
-      summed_bytes: What a device receives for that, sums running around a ring.
+      sums: How many Gram matrices parts sum over devices, one after another.
+      gathers: How many small products parts gather from devices, likewise.
+      part_bytes: What a device receives in both, sums running around a ring.
     """
 
     shape: tuple[int, int]
@@ -37,13 +38,15 @@ class GroupCost:
     devices: int
     per_device: int
     parts: int
+    parts_per_device: int
     flops: float
     even_flops: float
     exchanges: int
     exchanged_bytes: int
     least_bytes: float
     sums: int
-    summed_bytes: int
+    gathers: int
+    part_bytes: int
 
 
 def group_cost(plan: Plan, group: Group, method: _linalg.PartwiseMethod) -> GroupCost:
@@ -59,18 +62,22 @@ def group_cost(plan: Plan, group: Group, method: _linalg.PartwiseMethod) -> Grou
         for m in one.input_widths
         for n in one.output_widths
     ]
-    flops, per_device, sums, summed = 0, 0, 0, 0
-    for parts, where in group.by_parts().items():
-        slots = group.busiest([group.lots[i] for i in where])
-        flops += slots * sum(method.flops(m, n, parts) for m, n in blocks)
+    flops, per_device, parts_per_device, sums, gathers, moved = 0, 0, 0, 0, 0, 0
+    for where in group.pools():
+        lots = [group.lots[i] for i in where]
+        slots, parts = group.busiest(lots), lots[0].parts
         if parts == 1:
+            flops += slots * sum(method.flops(m, n) for m, n in blocks)
             per_device = slots * len(blocks)
-        else:
-            (m, n) = blocks[0]
-            sums = method.sums(m, n, parts)
-            gram = m * m * jnp.dtype(jnp.promote_types(one.dtype, "float32")).itemsize
-            # A sum around a ring passes everything twice, but for each one's own part.
-            summed = slots * sums * 2 * gram * (parts - 1) // parts
+            continue
+        m, n = lots[0].batches[0].kind.split(parts)
+        traffic = method.traffic(m, n, parts, one.dtype)
+        rounds = -(-slots // group.stack_size)
+        flops += slots * method.flops(m, n, parts)
+        parts_per_device += slots
+        sums += rounds * traffic.sums
+        gathers += rounds * traffic.gathers
+        moved += slots * traffic.bytes
     even = here // len(blocks) * sum(method.flops(m, n) for m, n in blocks) / w
     exchanged, least = _bytes(group)
     return GroupCost(
@@ -79,13 +86,15 @@ def group_cost(plan: Plan, group: Group, method: _linalg.PartwiseMethod) -> Grou
         devices=w,
         per_device=per_device,
         parts=max(lot.parts for lot in group.lots),
+        parts_per_device=parts_per_device,
         flops=flops,
         even_flops=even,
         exchanges=(2 if group.exchanged else 1) if w > 1 else 0,
         exchanged_bytes=exchanged,
         least_bytes=least,
         sums=sums,
-        summed_bytes=summed,
+        gathers=gathers,
+        part_bytes=moved,
     )
 
 
@@ -120,7 +129,7 @@ class PlacementDescription:
     def totals(self) -> dict[str, float]:
         """Sums over groups, and how the busiest device compares with an even split."""
         names = ("flops", "even_flops", "exchanges", "exchanged_bytes", "least_bytes")
-        names += ("sums", "summed_bytes")
+        names += ("sums", "gathers", "part_bytes")
         totals = {n: sum(getattr(group, n) for group in self.groups) for n in names}
         even = totals["even_flops"]
         return totals | {"flops_over_even": totals["flops"] / even if even else 1.0}
@@ -129,7 +138,7 @@ class PlacementDescription:
         """Returns the table, totals last."""
         header = (
             *("matrices", "shape", "devices", "a device", "GFLOP", "/ even"),
-            *("exchanges", "MiB", "least", "sums", "MiB summed"),
+            *("exchanges", "MiB", "least", "sums", "gathers", "MiB of parts"),
         )
         rows = [_cells(group) for group in self.groups]
         total = self.totals
@@ -140,7 +149,8 @@ class PlacementDescription:
             f"{total['exchanged_bytes'] / 2**20:.3g}",
             f"{total['least_bytes'] / 2**20:.3g}",
             f"{total['sums']:.0f}",
-            f"{total['summed_bytes'] / 2**20:.3g}",
+            f"{total['gathers']:.0f}",
+            f"{total['part_bytes'] / 2**20:.3g}",
         )
         return _table.aligned(header, rows, [last], right=range(len(header)))
 
@@ -158,11 +168,12 @@ def _cells(group: GroupCost) -> tuple[str, ...]:
         f"{group.exchanged_bytes / 2**20:.3g}",
         f"{group.least_bytes / 2**20:.3g}",
         f"{group.sums}",
-        f"{group.summed_bytes / 2**20:.3g}",
+        f"{group.gathers}",
+        f"{group.part_bytes / 2**20:.3g}",
     )
 
 
 def _share(group: GroupCost) -> str:
-    part = f"1/{group.parts}" if group.parts > 1 else ""
+    part = f"{group.parts_per_device}/{group.parts}" if group.parts > 1 else ""
     whole = str(group.per_device) if group.per_device or not part else ""
     return " + ".join(filter(None, (whole, part)))

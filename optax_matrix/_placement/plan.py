@@ -76,6 +76,11 @@ class Kind:
         m, n = part.shape
         return dataclasses.replace(part, input_widths=(m,), output_widths=(n,)), axis
 
+    def split(self, parts: int) -> tuple[int, int]:
+        """The shorter side, and the longer one as it is padded for so many parts."""
+        (m, n), part = self.shape, self.in_parts(parts)[0].shape
+        return (n, parts * part[0]) if m > n else (m, parts * part[1])
+
 
 class Source(NamedTuple):
     """A range of the matrices that one device holds of a leaf."""
@@ -191,12 +196,17 @@ class Group:
         """Whether any matrix has to be brought together from pieces."""
         return any(lot.pieces > 1 for lot in self.lots)
 
-    def by_parts(self) -> dict[int, list[int]]:
-        """Positions of its lots, by their number of parts."""
-        found: dict[int, list[int]] = {}
+    def pools(self) -> list[list[int]]:
+        """Positions of the lots that can be worked on together: their units are alike.
+
+        Parts of one shape of matrix need not be, if an axis is padded to be cut.
+        """
+        found: dict[tuple[int, tuple[int, int]], list[int]] = {}
         for i, lot in enumerate(self.lots):
-            found.setdefault(lot.parts, []).append(i)
-        return found
+            batch = lot.batches[0]
+            split = batch.kind.split(lot.parts) if lot.parts > 1 else (0, 0)
+            found.setdefault((lot.parts, split), []).append(i)
+        return list(found.values())
 
     def table(self, lots: Sequence[Lot]) -> np.ndarray | None:
         """For every device, which of its slots over `lots` hold a matrix.
@@ -254,7 +264,7 @@ class Leaf(NamedTuple):
 def make_plan(
     leaves: Sequence[Leaf],
     method: _linalg.PartwiseMethod | None,
-    stack_size: int | None = None,
+    strategy: rules.Strategy,
 ) -> Plan:
     """Spreads the matrices of leaves over the one mesh that they lie on.
 
@@ -262,7 +272,7 @@ def make_plan(
       leaves: The leaves, all with shardings on one mesh or all without.
       method: What is done to each matrix; None if it takes matrices only as they are,
         whole and not transposed.
-      stack_size: How many of a shape a device takes at once; None for the rule.
+      strategy: What is set by hand.
 
     Raises:
       ValueError: If a sharding does not divide its leaf.
@@ -278,7 +288,7 @@ def make_plan(
     groups = [
         group
         for key, sources in _alike(leaves, locals_, kinds, method, shape).items()
-        for group in _rounds(key, sources, shape, method, stack_size)
+        for group in _rounds(key, sources, shape, method, strategy)
     ]
     return Plan(mesh, tuple(specs), tuple(locals_), tuple(groups))
 
@@ -385,23 +395,25 @@ def _rounds(
     sources: list[tuple[Kind, Source]],
     shape: dict[str, int],
     method: _linalg.PartwiseMethod | None,
-    stack_size: int | None,
+    strategy: rules.Strategy,
 ) -> Iterable[Group]:
     """The groups of one key: several if a device would hold too many at once."""
     sizes = tuple(shape[axis] for axis in key.axes)
     w = math.prod(sizes)
     count = sum(source.stop - source.start for _, source in sources)
     itemsize = jnp.dtype(key.dtype).itemsize
-    at_once = stack_size or rules.stack_size(*key.shape)
+    at_once = strategy.stack_size or rules.stack_size(*key.shape)
     if w == 1:
         lots = _lots(sources, 1, w)
         yield Group(key.axes, sizes, lots, key.turned, at_once)
         return
-    held = stack_size or rules.exchange_size(*key.shape, itemsize)
+    held = strategy.stack_size or rules.exchange_size(*key.shape, itemsize)
     whole = count // w * w
     split = 1
-    if whole < count and key.turned and method is not None:
-        split = rules.parts(count - whole, w, key.shape, method.flops)
+    if key.turned and method is not None:
+        kinds = dict.fromkeys(kind for kind, _ in sources)
+        cost = functools.partial(_part_cost, method, tuple(kinds))
+        split = rules.parts(count, w, cost, strategy.flops_per_byte)
     if split == 1:
         whole = count
     edges = sorted({*range(held * w, whole, held * w), whole, count} - {0})
@@ -413,6 +425,16 @@ def _rounds(
         yield Group(key.axes, sizes, _lots(cut, 1, w), key.turned, at_once)
     lots = (*_lots(last, 1, w), *_lots(rest, split, w))
     yield Group(key.axes, sizes, lots, key.turned, at_once)
+
+
+def _part_cost(
+    method: _linalg.PartwiseMethod, kinds: Sequence[Kind], parts: int
+) -> tuple[int, int]:
+    """FLOPs of a part, and the bytes it receives, of that kind where both are most."""
+    sides = [kind.split(parts) for kind in kinds]
+    flops = max(method.flops(m, n, parts) for m, n in sides)
+    (m, n), dtype = sides[0], kinds[0].dtype
+    return flops, method.traffic(m, n, parts, dtype).bytes if parts > 1 else 0
 
 
 def _cut(

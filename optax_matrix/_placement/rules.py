@@ -1,5 +1,6 @@
 """The cost rules: how many matrices at once, and in how many parts."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -9,8 +10,16 @@ import jax
 STACK_ENTRIES = 2**26
 # Bytes of matrices that one device brings together in one exchange.
 EXCHANGE_BYTES = 2**30
-# Parts must save this share of the work: they cost a sum over devices per Gram matrix.
-PART_GAIN = 0.9
+# How much more than an even split the busiest device may have, if that can be.
+UNEVEN = 1.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """What of the rules is set by hand; the arguments of `Placement`."""
+
+    stack_size: int | None = None
+    flops_per_byte: float = 0.0
 
 
 def stack_size(m: int, n: int) -> int:
@@ -32,21 +41,36 @@ def exchange_size(m: int, n: int, itemsize: int) -> int:
 def parts(
     count: int,
     devices: int,
-    shape: tuple[int, int],
-    flops: Callable[[int, int, int], int],
+    cost: Callable[[int], tuple[int, int]],
+    flops_per_byte: float,
 ) -> int:
-    """In how many parts to cut matrices of which there are fewer than devices.
+    """In how many parts to cut the matrices that are left when all devices have some.
 
-    Parts are as many as divide the devices and still leave each matrix its own: of
-    those the fewest with the least FLOPs a device, if that saves more than a tenth.
+    If the busiest device then has at most a tenth more than an even split, those that
+    take the fewest bytes, and if that cannot be, those with the least cost: FLOPs and
+    `flops_per_byte` times bytes.
 
     Args:
       count: Number of matrices.
-      devices: Number of devices, more than `count`.
-      shape: Sides of a matrix.
-      flops: FLOPs of (m, n, parts).
+      devices: Number of devices.
+      cost: FLOPs of one of so many parts of a matrix, and bytes that it receives from
+        the others.
+      flops_per_byte: See `Strategy`.
+
+    Returns:
+      A divisor of `devices`; 1 leaves matrices whole.
     """
-    fit = [p for p in range(1, devices // count + 1) if devices % p == 0]
-    best = min(fit, key=lambda p: flops(*shape, p))
-    saves = flops(*shape, best) < PART_GAIN * flops(*shape, 1)
-    return best if saves else 1
+    rounds, rest = divmod(count, devices)
+    if not rest:
+        return 1
+    whole, _ = cost(1)
+
+    def total(parts: int) -> tuple[float, int]:
+        flops, moved = cost(parts)
+        slots = -(-rest * parts // devices)
+        moved *= slots
+        return rounds * whole + slots * flops + flops_per_byte * moved, moved
+
+    found = {p: total(p) for p in range(1, devices + 1) if devices % p == 0}
+    limit = max(UNEVEN * count * whole / devices, min(c for c, _ in found.values()))
+    return min((moved, p) for p, (cost_, moved) in found.items() if cost_ <= limit)[1]

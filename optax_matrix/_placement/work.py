@@ -109,7 +109,7 @@ def _on_group(
     placed = exchange.bring(
         group, [[held(batch) for batch in lot.batches] for lot in group.lots]
     )
-    for where in group.by_parts().values():
+    for where in group.pools():
         lots = [group.lots[i] for i in where]
         done = _pooled(group, lots, [placed[i] for i in where], work)
         for i, result in zip(where, done, strict=True):
@@ -172,7 +172,25 @@ def _partwise(group: Group, parts: int, polar: Polar) -> Polar:
     among = [list(range(i, i + parts)) for i in range(0, group.devices, parts)]
     over = partial(lax.psum, axis_name=group.axes, axis_index_groups=among)
     most = partial(lax.pmax, axis_name=group.axes, axis_index_groups=among)
-    return partial(polar, parts=_linalg.Parts(parts, over, most))
+
+    def own(x: Array) -> Array:
+        rows = -(-x.shape[-2] // parts)
+        missing = rows * parts - x.shape[-2]
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)])
+        first = lax.axis_index(group.axes) % parts * rows
+        return lax.dynamic_slice_in_dim(x, first, rows, axis=-2)
+
+    def gather(x: Array, rows: int) -> Array:
+        whole = lax.all_gather(
+            x,
+            group.axes,
+            axis_index_groups=among,
+            axis=x.ndim - 2,
+            tiled=True,
+        )
+        return lax.slice_in_dim(whole, 0, rows, axis=-2)
+
+    return partial(polar, parts=_linalg.Parts(parts, over, most, own, gather))
 
 
 def _in_parts(units: Array, batch: Batch) -> Array:

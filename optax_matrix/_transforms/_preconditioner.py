@@ -58,9 +58,7 @@ def per_matrix(
 
     def init(params: optax.Params) -> PreconditionState:
         leaves, shardings = jax.tree.leaves(params), place.of(params, as_typed=True)
-        states = _placement.init(
-            rule, views(params), leaves, shardings, place.stack_size
-        )
+        states = _placement.init(rule, views(params), leaves, shardings, place.strategy)
         return PreconditionState(jnp.zeros((), jnp.int32), states)
 
     def update(updates, state, params=None, **extra_args):
@@ -74,7 +72,7 @@ def per_matrix(
             place.of(updates, as_typed=True),
             state.matrices,
             traced | {"count": state.count},
-            place.stack_size,
+            place.strategy,
         )
         count = _numerics.next_count(state.count)
         tree = jax.tree.unflatten(jax.tree.structure(updates), done)

@@ -44,7 +44,7 @@ def orthogonalize(
     def fitted(tree: optax.Params) -> tuple:
         pairs = _layout.tree_views(layout, tree)
         views, leaves = [view for view, _ in pairs], [leaf for _, leaf in pairs]
-        return polar, views, leaves, place.of(tree), place.stack_size
+        return polar, views, leaves, place.of(tree), place.strategy
 
     def init(params: optax.Params) -> optax.EmptyState:
         # A leaf that does not fit its layout or its sharding raises here.
