@@ -319,12 +319,14 @@ def table(path: str | Path) -> str:
             alike.setdefault(line, []).append(row["axes"].lower())
         for line, axes in alike.items():
             lines.append(line.format(axes="both" if len(axes) > 1 else axes[0]))
-    lines += ["", *_head("model", "devices", "sharding", "method", *_COSTS)]
+    names = ("model", "devices", "sharding", "method", "FLOPs a byte")
+    lines += ["", *_head(*names, *_COSTS)]
     for name, rows in result["predicted"].items():
         for row in rows:
             if row["dtype"] != "float32":
                 continue  # Half the bytes, and else the same.
             cells = [name, str(row["devices"]), row["sharding"], row["method"]]
+            cells.append(f"{row['flops_per_byte']:,}")
             costs = [f"{row[key] / unit:{form}}" for key, unit, form in _COSTS.values()]
             lines.append(_row(*cells, *costs))
     return "\n".join(lines)
@@ -352,7 +354,8 @@ _COSTS = {
     "GiB exchanged": ("exchanged_bytes", 2**30, ".3g"),
     "least GiB": ("least_bytes", 2**30, ".3g"),
     "sums": ("sums", 1, ".0f"),
-    "GiB summed": ("summed_bytes", 2**30, ".3g"),
+    "gathers": ("gathers", 1, ".0f"),
+    "GiB of parts": ("part_bytes", 2**30, ".3g"),
 }
 
 
