@@ -242,9 +242,10 @@ def refreshes(state: Any) -> dict[str, Health]:
 
     Returns:
       By the place in the state, as in ``matrices/384x1536/left``, an array of each kind
-      with one number a matrix of that shape: ``failures``, how many refreshes in a row
-      failed by now, and ``stuck``, whether that ever were ``max_failures``. Empty if
-      there is no preconditioner.
+      with one number a matrix of that shape, or for each of its parts where several
+      devices share it: ``failures``, how many refreshes in a row failed by now, and
+      ``stuck``, whether that ever were ``max_failures``. Empty if there is no
+      preconditioner.
     """
 
     def is_health(node: Any) -> bool:

@@ -96,6 +96,24 @@ def test_a_mesh_trains_as_one_device_does(mesh, axes, accumulate, one_device):
         assert {s.data.size for s in leaf.addressable_shards} == {expected}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", ["auto", "explicit"])
+@pytest.mark.parametrize("optimizer", ["soap", "shampoo"])
+def test_preconditioners_train_as_on_one_device(optimizer, axes):
+    config = dataclasses.replace(SMALL, optimizer=optimizer, lr=None)
+    config = configs.resolve(dataclasses.replace(config, width=48, steps=6))
+    want, _ = run(sharding.make_mesh("", "auto", jax.devices()[:1]), config)
+    losses, state = run(sharding.make_mesh("data=2,fsdp=4", axes), config)
+    # Bases of first statistics with a null space are rounding, and with them losses.
+    np.testing.assert_allclose(losses, want, rtol=1e-3)
+    assert losses[-1] < losses[0] - 0.1
+    # Four of a shape and one of two others, on eight devices.
+    leaves = jax.tree.leaves(state.optimizer)
+    matrices = [leaf for leaf in leaves if leaf.ndim == 3]
+    assert matrices and all(len(leaf.addressable_shards) == 8 for leaf in matrices)
+    assert all(len({s.index for s in m.addressable_shards}) == 8 for m in matrices)
+
+
 def test_a_whole_run_on_explicit_axes(one_device, capsys):
     config = dataclasses.replace(
         SMALL, sample=5, quiet=False, accumulate=2,

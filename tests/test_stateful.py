@@ -1,10 +1,17 @@
 """Preconditioners on a mesh: each device has its share of state and refreshes."""
 
 import collections
+import dataclasses
+import functools
 import math
+import os
+import pathlib
+import subprocess
+import sys
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -12,6 +19,10 @@ from jax.sharding import PartitionSpec as P
 
 import optax_matrix as om
 from benchmarks import hlo
+from optax_matrix import _linalg
+from optax_matrix._transforms._kl import KLRule
+from optax_matrix._transforms.shampoo_precondition import ShampooRule
+from optax_matrix._transforms.soap_precondition import SoapRule
 from tests import problems
 
 ONE = ((8,), ("x",))
@@ -23,9 +34,9 @@ def many(count, shape, spec):
     return {f"w{i}": (shape, spec) for i in range(count)}
 
 
-# name: mesh, leaves, exchanges by kind, matrices of the busiest device over an even
-# split. The longer sides are left out below (`max_dim`): their first statistics have a
-# null space, whose basis is rounding.
+# name: mesh, leaves, exchanges by kind, work and state of the busiest device over an
+# even split. The longer sides are left out below (`max_dim`): their first statistics
+# have a null space, whose basis is rounding.
 CASES = {
     "inputs": (ONE, many(8, (8, 16), P("x", None)), {"all-to-all": 2}, 1),
     "replicated": (ONE, many(8, (16, 8), P()), {"all-gather": 1}, 1),
@@ -33,7 +44,9 @@ CASES = {
     "layers": (ONE, {"w": ((8, 8, 4), P("x"))}, {}, 1),
     "stacked": (ONE, {"w": ((8, 8, 4), P(None, "x"))}, {"all-to-all": 2}, 1),
     "experts": (TWO, {"w": ((8, 8, 4), P("d", "f"))}, {"all-to-all": 2}, 1),
-    "more than devices": (ONE, many(11, (8, 8), P("x")), {"all-to-all": 2}, 16 / 11),
+    # In parts: 12 of 11 halves and wholes; health is counted once for each part.
+    "more than devices": (ONE, many(11, (8, 8), P("x")), {"all-to-all": 2}, 1.1),
+    "fewer than devices": (ONE, many(3, (8, 8), P(None, "x")), {"all-to-all": 2}, 1.06),
     "a mix": (
         TWO,
         many(5, (8, 16), P("d", "f"))
@@ -72,9 +85,11 @@ def on_one(tx, leaves):
 
 
 def exchanges(text):
+    """By kind; those between the parts of a matrix are of kind "parts"."""
     counts = collections.Counter()
     for collective in hlo.collectives(text):
-        counts[collective.kind] += collective.count
+        between = "/exchange/" not in collective.op_name
+        counts["parts" if between else collective.kind] += collective.count
     return dict(counts)
 
 
@@ -120,7 +135,10 @@ def test_equal_to_one_device_and_evenly_shared(name, rule, kind):
         text = update.lower(grads, state).compile().as_text()
     for key, leaf in got.items():
         assert leaf.sharding.is_equivalent_to(shardings[key], leaf.ndim), key
-    assert exchanges(text) == wanted
+    counts = exchanges(text)
+    cut = any(".in" in name for name in state.matrices)
+    assert (counts.pop("parts", 0) > 0) == cut == (bound != 1)
+    assert counts == wanted
     if bound is None:
         return
     even = hlo.dot_flops(single.as_text()) / 8
@@ -128,6 +146,125 @@ def test_equal_to_one_device_and_evenly_shared(name, rule, kind):
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(whole.matrices))
     for device in jax.devices():
         assert bytes_on(device, state.matrices) <= bound * total / 8
+
+
+# Tall, wide, per head, stacked; rows that parts do not divide; sharded and replicated.
+UNEVEN = {
+    "wide": ((15, 20), P(None, "f")),
+    "tall": ((20, 15), P("f", None)),
+    "heads": ((15, 2, 10), P(None, "d")),
+    "three": ((3, 15, 15), P()),
+}
+HEADS = {"heads": om.MatrixLayout(0, (1, 2))}
+CUT = {
+    "soap": lambda **k: om.soap_precondition(max_dim=15, **k),
+    "shampoo": lambda **k: om.shampoo_precondition(damping=1e-2, **k),
+    "newton": lambda **k: om.shampoo_precondition(
+        None, root="newton", damping=0.1, **k
+    ),
+    "one-sided": lambda **k: om.shampoo_precondition(
+        b2=None, exponents=(None, -0.5), damping=1e-2, **k
+    ),
+    "bfloat16": lambda **k: om.shampoo_precondition(
+        damping=0.1, moment_dtype="bfloat16", factor_dtype="bfloat16", **k
+    ),
+    "kl_soap": lambda **k: om.kl_soap_precondition(max_dim=15, **k),
+    "kl_shampoo": lambda **k: om.kl_shampoo_precondition(max_dim=15, **k),
+}
+
+
+@pytest.mark.parametrize(
+    "rule, stagger, stack_size",
+    [
+        *((rule, False, 1) for rule in CUT if not rule.startswith("kl")),
+        *(
+            pytest.param(rule, False, 1, marks=pytest.mark.slow)
+            for rule in CUT
+            if rule.startswith("kl")
+        ),
+        pytest.param("soap", True, 1, marks=pytest.mark.slow),
+        ("shampoo", True, 2),
+    ],
+)
+def test_matrices_in_parts_equal_whole_ones(rule, stagger, stack_size):
+    # Staggered, one stack alone has the same turns on any number of devices.
+    leaves = {k: v for k, v in UNEVEN.items() if k == "three" or not stagger}
+    layout = {**dict.fromkeys(leaves), **(HEADS if "heads" in leaves else {})}
+    make = functools.partial(CUT[rule], refresh=2, stagger=stagger, layout=layout)
+    want = on_one(make(), leaves)[1]
+    mesh = jax.make_mesh(*TWO, (AxisType.Explicit,) * 2)
+    shardings = {k: NamedSharding(mesh, spec) for k, (_, spec) in leaves.items()}
+    tx = make(placement=om.Placement(shardings, stack_size))
+    close = {"bfloat16": 0.02}.get(rule, 2e-5)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(gradients(leaves, 0), shardings)
+        state, update = tx.init(params), jax.jit(tx.update)
+        for t in range(STEPS):
+            grads = jax.device_put(gradients(leaves, t), shardings)
+            got, state = update(grads, state)
+            chex.assert_trees_all_close(got, want[t], atol=close, rtol=10 * close)
+        assert update._cache_size() == 1
+    names = {"15x15.in8"} | (set() if stagger else {"15x20.in4", "20x15.in8"})
+    assert set(state.matrices) == names
+
+
+RULE = {
+    "soap": SoapRule(6, None, None, "highest"),
+    "shampoo": ShampooRule(
+        (-0.25, -0.25), "eigh", True, False, 20, None, None, "highest"
+    ),
+    "one-sided": ShampooRule(
+        (None, -0.5), "eigh", False, True, 20, None, None, "highest"
+    ),
+    "kl": KLRule(True, 20, None, None, "highest"),
+}
+
+
+@pytest.mark.parametrize("rule", RULE)
+@pytest.mark.parametrize("m, n, parts", [(6, 6, 1), (6, 4, 2), (4, 6, 3), (5, 20, 4)])
+def test_rules_say_what_a_part_of_an_update_multiplies(rule, m, n, parts):
+    def own(x):
+        return x[: -(-x.shape[0] // parts)]
+
+    def gather(x, rows):
+        return jnp.concatenate([x] * parts)[:rows]
+
+    shared = _linalg.Parts(parts, lambda x: x, lambda x: x, own, gather)
+    scalars = collections.defaultdict(lambda: jnp.asarray(0.5), count=jnp.asarray(3))
+    rule = RULE[rule]
+    state = jax.tree.map(lambda x: own(x) if x.ndim else x, rule.init(m, n, "float32"))
+
+    def step(x, state):
+        y, state = rule.before(x, state, scalars, shared)
+        return rule.after(y, state, scalars, shared), state
+
+    text = jax.jit(step).lower(jnp.ones((m, n)), state).compile().as_text()
+    assert hlo.dot_flops(text) == rule.flops(m, n, parts)
+
+
+@pytest.mark.parametrize("rule", ["soap", "shampoo", "one-sided", "kl"])
+def test_rules_say_what_a_part_of_an_update_receives(rule):
+    leaves = many(3, (8, 16), P())
+    makers = {
+        "soap": lambda: om.soap_precondition(max_dim=8),
+        "shampoo": om.shampoo_precondition,
+        "one-sided": lambda: om.shampoo_precondition(None, None, exponents=(None, -1)),
+        "kl": om.kl_soap_precondition,
+    }
+    mesh = jax.make_mesh(*ONE, (AxisType.Explicit,))
+    tx = makers[rule]()
+    with jax.set_mesh(mesh):
+        params = jax.device_put(gradients(leaves, 0), P())
+        text = jax.jit(tx.update).lower(params, tx.init(params)).compile().as_text()
+    received = sum(
+        c.bytes
+        for c in hlo.collectives(text)
+        if "/exchange/" not in c.op_name and "branch" not in c.op_name
+    )
+    one = dataclasses.replace(RULE[rule], max_dim=8 if rule == "soap" else 20)
+    want = 3 * one.traffic(8, 16, 8, "float32").bytes
+    # The KL rules also send some vectors.
+    assert want <= received <= want * (1.15 if rule == "kl" else 1)
 
 
 def test_refreshes_are_shared_and_staggered():
@@ -177,7 +314,8 @@ def test_state_for_another_mesh_raises():
     mesh = jax.make_mesh((8,), ("x",), (AxisType.Explicit,))
     with jax.set_mesh(mesh):
         grads = jax.device_put(gradients(leaves, 0), P("x"))
-        with pytest.raises(ValueError, match=r"'8x8': 3.*need .*'8x8': 8.*`placement`"):
+        match = r"'8x8': 3.*need .*'8x8\.in8': 24.*`placement`"
+        with pytest.raises(ValueError, match=match):
             jax.jit(tx.update)(grads, state)
     other = tx.init({"w": problems.normal((4, 8))})
     with pytest.raises(ValueError, match=r"'4x8': 1.*need .*'8x8': 3"):
@@ -205,3 +343,45 @@ def test_state_of_a_matrix_is_what_the_docstring_says():
         state = transform().init(params)
         floats = [x for x in jax.tree.leaves(state) if x.dtype == "float32"]
         assert sum(math.prod(x.shape) for x in floats) == number
+
+
+MANY = """
+import jax
+jax.config.update("jax_num_cpu_devices", 256)
+from tests import test_stateful as t
+for sizes in ((8, 8), (16, 16)):
+    print(t.abstractly_bounded(sizes))
+"""
+
+
+def abstractly_bounded(sizes):
+    """Compiles for a matrix and a half a device, and holds it against one device."""
+    devices = math.prod(sizes)
+    mesh = jax.make_mesh(sizes, ("d", "f"), (AxisType.Explicit,) * 2)
+    sharding = NamedSharding(mesh, P(None, "d", "f"))
+    shape, tx = (3 * devices // 2, 16, 16), om.soap_precondition(refresh=2)
+    leaves = {"w": jax.ShapeDtypeStruct(shape, "float32", sharding=sharding)}
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(tx.init, leaves)
+        text = jax.jit(tx.update).lower(leaves, state).compile().as_text()
+    whole = {"w": jax.ShapeDtypeStruct(shape, "float32")}
+    state = jax.eval_shape(tx.init, whole)
+    single = jax.jit(tx.update).lower(whole, state).compile().as_text()
+    counts = exchanges(text)
+    assert counts.pop("parts") and counts == {"all-to-all": 2}
+    assert hlo.dot_flops(text) == hlo.dot_flops(single) / devices
+    return devices
+
+
+@pytest.mark.slow
+def test_64_and_256_devices_keep_the_bounds():
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    ran = subprocess.run(
+        [sys.executable, "-c", MANY],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        cwd=pathlib.Path(__file__).parents[1],
+    )
+    assert ran.stdout.split() == ["64", "256"], ran.stdout + ran.stderr

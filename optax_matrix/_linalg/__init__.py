@@ -16,7 +16,13 @@ from optax_matrix._linalg.newton_schulz import (
     newton_schulz_flops,
     restart_points,
 )
-from optax_matrix._linalg.numerics import Parts, Traffic, at_least_float32
+from optax_matrix._linalg.numerics import (
+    WHOLE,
+    Parts,
+    Traffic,
+    at_least_float32,
+    traffic,
+)
 from optax_matrix._linalg.polar import (
     Exact,
     Halley,
@@ -34,6 +40,7 @@ from optax_matrix._linalg.roots import (
 
 __all__ = [
     "TABLES",
+    "WHOLE",
     "CoefficientTable",
     "Exact",
     "Halley",
@@ -61,4 +68,5 @@ __all__ = [
     "power_step",
     "resolve",
     "restart_points",
+    "traffic",
 ]

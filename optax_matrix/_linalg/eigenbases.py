@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from optax_matrix._linalg import numerics
+from optax_matrix._linalg.numerics import WHOLE, Parts
 
 
 def eigenbasis(a: Array) -> Array:
@@ -20,7 +21,9 @@ def eigenbasis(a: Array) -> Array:
     return jnp.where(_finite(a), q, jnp.nan)
 
 
-def power_step(a: Array, q: Array, sort: bool = True) -> tuple[Array, Array]:
+def power_step(
+    a: Array, q: Array, sort: bool = True, parts: Parts = WHOLE
+) -> tuple[Array, Array]:
     """Moves a basis towards the eigenvectors by one step of orthogonal iteration.
 
     The Q factor of A Q, its columns ordered before by their Rayleigh quotients qᵀAq.
@@ -29,12 +32,14 @@ def power_step(a: Array, q: Array, sort: bool = True) -> tuple[Array, Array]:
       a: (..., m, m), symmetric.
       q: (..., m, m), orthogonal.
       sort: Whether to order the columns.
+      parts: Among whom the product is shared; all have A and Q, and get the result.
 
     Returns:
       The new basis, NaN where `a` is not finite, and the (..., m) positions that its
       columns had in `q`.
     """
-    product = jnp.matmul(a, q, precision="highest")
+    product = jnp.matmul(parts.own(a), q, precision="highest")
+    product = parts.gather(product, a.shape[-1])
     order = jnp.broadcast_to(jnp.arange(q.shape[-1]), (*q.shape[:-2], q.shape[-1]))
     if sort:
         order = jnp.argsort(-jnp.sum(q * product, axis=-2), axis=-1)

@@ -8,6 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from optax_matrix._linalg import numerics
+from optax_matrix._linalg.numerics import WHOLE, Parts
 
 RootMethod = Literal["eigh", "newton"]
 
@@ -31,7 +32,9 @@ class Root(NamedTuple):
     residual: Array
 
 
-def power_by_eigh(a: Array, exponent: float, damping: ArrayLike) -> Root:
+def power_by_eigh(
+    a: Array, exponent: float, damping: ArrayLike, parts: Parts = WHOLE
+) -> Root:
     r"""Returns a power of damped matrices by their eigendecomposition.
 
     With A = Q diag(w) Qᵀ,
@@ -42,6 +45,8 @@ def power_by_eigh(a: Array, exponent: float, damping: ArrayLike) -> Root:
       a: (..., m, m), symmetric positive semidefinite, float32 or float64.
       exponent: p, any number.
       damping: ε, relative to the largest eigenvalue.
+      parts: Among whom the products are shared, but not the decomposition; all have A,
+        and get the result.
 
     Returns:
       The power, and max |A Q - Q diag(w)| relative to the largest eigenvalue. A zero
@@ -53,13 +58,14 @@ def power_by_eigh(a: Array, exponent: float, damping: ArrayLike) -> Root:
     lifted = jnp.maximum(w, 0) + jnp.asarray(damping, a.dtype) * top
     zero = lifted == 0
     powers = jnp.where(zero, 0, jnp.where(zero, 1, lifted) ** exponent)
-    off = jnp.matmul(a, q, precision="highest") - q * w[..., None, :]
-    residual = jnp.max(jnp.abs(off), axis=(-2, -1))
+    rows = parts.own(q)
+    off = jnp.matmul(parts.own(a), q, precision="highest") - rows * w[..., None, :]
+    residual = parts.max(jnp.max(jnp.abs(off), axis=(-2, -1)))
     residual = residual / jnp.where(top == 0, 1, top)[..., 0]
     value = jnp.matmul(
-        q * powers[..., None, :], numerics.transpose(q), precision="highest"
+        rows * powers[..., None, :], numerics.transpose(q), precision="highest"
     )
-    return Root(value, residual)
+    return Root(parts.gather(value, a.shape[-1]), residual)
 
 
 def inverse_root_by_newton(a: Array, p: int, damping: ArrayLike) -> Root:

@@ -12,7 +12,7 @@ from optax_matrix import _check, _linalg, _mesh, _paths
 from optax_matrix._layout import MatrixView
 from optax_matrix._placement import work
 from optax_matrix._placement.cost import PlacementDescription, group_cost
-from optax_matrix._placement.plan import Leaf, Plan, make_plan
+from optax_matrix._placement.plan import Leaf, Plan, Shared, make_plan
 from optax_matrix._placement.rules import Strategy
 from optax_matrix._placement.stateful import (
     Cadence,
@@ -143,7 +143,7 @@ def polar(
       Leaves like `leaves`, sharded alike.
     """
     results: list[Array] = list(leaves)
-    for plan, indices in _plans(method, views, leaves, shardings, strategy):
+    for plan, indices in _plans(*_shared(method), views, leaves, shardings, strategy):
         given = [leaves[i] for i in indices]
         if plan.mesh is None:
             given = [_mesh.gathered(leaf) for leaf in given]
@@ -160,7 +160,7 @@ def check(
     strategy: Strategy,
 ) -> None:
     """Raises what `polar` would raise about shardings; leaves may be descriptions."""
-    _plans(method, views, leaves, shardings, strategy)
+    _plans(*_shared(method), views, leaves, shardings, strategy)
 
 
 def init(
@@ -174,7 +174,7 @@ def init(
 
     Matrices of one shape are one stack, whose first axis is spread over all devices.
     """
-    plans = _plans(None, views, leaves, shardings, strategy)
+    plans = _plans(rule, False, views, leaves, shardings, strategy)
     if len(plans) > 1:
         raise ValueError(
             "The leaves lie on different meshes, or some on none: "
@@ -210,7 +210,7 @@ def update(
       Leaves like `leaves`, sharded alike, and the new states.
     """
     results: list[Array] = list(leaves)
-    for plan, indices in _plans(None, views, leaves, shardings, strategy):
+    for plan, indices in _plans(rule, False, views, leaves, shardings, strategy):
         check_states(plan, states)
         given = [leaves[i] for i in indices]
         if plan.mesh is None:
@@ -229,15 +229,24 @@ def describe(
     strategy: Strategy,
 ) -> PlacementDescription:
     """What `polar` costs each device; leaves may be descriptions of arrays."""
-    plans = _plans(method, views, leaves, shardings, strategy)
+    plans = _plans(method, True, views, leaves, shardings, strategy)
     costs = [
         group_cost(plan, group, method) for plan, _ in plans for group in plan.groups
     ]
     return PlacementDescription(tuple(costs))
 
 
+def _shared(method: _linalg.PolarMethod) -> tuple[Shared | None, bool]:
+    """How parts can share a method, and whether it may be done transposed."""
+    if isinstance(method, _linalg.PartwiseMethod):
+        return method, True
+    # Others take matrices only as they are.
+    return None, False
+
+
 def _plans(
-    method: _linalg.PolarMethod | None,
+    method: Shared | None,
+    turns: bool,
     views: Sequence[MatrixView],
     leaves: Sequence[Any],
     shardings: Sequence[jax.NamedSharding | None],
@@ -249,12 +258,10 @@ def _plans(
         if not leaves[i].size:
             continue
         by_mesh.setdefault(sharding.mesh if sharding else None, []).append(i)
-    # Others take matrices only as they are.
-    partwise = method if isinstance(method, _linalg.PartwiseMethod) else None
     plans = []
     for indices in by_mesh.values():
         parts = [Leaf(views[i], shardings[i], leaves[i].dtype.name) for i in indices]
-        plans.append((make_plan(parts, partwise, strategy), indices))
+        plans.append((make_plan(parts, method, turns, strategy), indices))
     return plans
 
 

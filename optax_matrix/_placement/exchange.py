@@ -124,8 +124,7 @@ def _merged(group: Group, lot: Lot, found: Sequence[Array]) -> Array:
 
 def turned(x: Array, kind: Kind, turn: bool) -> Array:
     """Wide matrices from tall ones, and tall ones back from those, if `turn`."""
-    m, n = kind.shape
-    return jnp.swapaxes(x, -2, -1) if turn and m > n else x
+    return jnp.swapaxes(x, -2, -1) if turn and kind.tall else x
 
 
 def _copied(group: Group, kind: Kind) -> tuple[str, ...]:

@@ -5,11 +5,12 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from optax_matrix import _linalg, _mesh
 from optax_matrix._layout import MatrixView
@@ -61,14 +62,25 @@ class Kind:
         """How many devices one copy of a matrix lies on."""
         return math.prod(self.shards)
 
+    @property
+    def tall(self) -> bool:
+        """Whether it is turned to be wide, and cut across its inputs.
+
+        A square one is if a device holds more of its inputs than of its outputs.
+        """
+        (m, n), inputs = self.shape, self.inputs
+        if m != n:
+            return m > n
+        return max(self.sizes[:inputs]) > max(self.sizes[inputs:])
+
     def in_parts(self, parts: int) -> tuple["Kind", int]:
         """One part of a matrix cut across its longer side, and the axis that is cut.
 
         The cut is across what each device holds, so that every device has a share of
         every part; the axis is padded to a multiple of `parts`.
         """
-        m, n = self.shape
-        side = range(self.inputs) if m > n else range(self.inputs, len(self.sizes))
+        inputs = range(self.inputs)
+        side = inputs if self.tall else range(self.inputs, len(self.sizes))
         axis = max(side, key=lambda i: self.sizes[i])
         size = -(-self.sizes[axis] // parts)
         sizes = (*self.sizes[:axis], size, *self.sizes[axis + 1 :])
@@ -79,7 +91,7 @@ class Kind:
     def split(self, parts: int) -> tuple[int, int]:
         """The shorter side, and the longer one as it is padded for so many parts."""
         (m, n), part = self.shape, self.in_parts(parts)[0].shape
-        return (n, parts * part[0]) if m > n else (m, parts * part[1])
+        return (n, parts * part[0]) if self.tall else (m, parts * part[1])
 
 
 class Source(NamedTuple):
@@ -197,15 +209,16 @@ class Group:
         return any(lot.pieces > 1 for lot in self.lots)
 
     def pools(self) -> list[list[int]]:
-        """Positions of the lots that can be worked on together: their units are alike.
+        """Positions of the lots that can be worked on together, as they are in parts.
 
-        Parts of one shape of matrix need not be, if an axis is padded to be cut.
+        Parts of one shape need not be alike, if an axis is padded to be cut; but where
+        matrices are not turned, parts are put together to be worked on.
         """
-        found: dict[tuple[int, tuple[int, int]], list[int]] = {}
+        found: dict[tuple[int, ...], list[int]] = {}
         for i, lot in enumerate(self.lots):
-            batch = lot.batches[0]
-            split = batch.kind.split(lot.parts) if lot.parts > 1 else (0, 0)
-            found.setdefault((lot.parts, split), []).append(i)
+            alike = not self.turned or lot.parts == 1
+            padded = () if alike else lot.batches[0].kind.split(lot.parts)
+            found.setdefault((lot.parts, *padded), []).append(i)
         return list(found.values())
 
     def table(self, lots: Sequence[Lot]) -> np.ndarray | None:
@@ -261,17 +274,30 @@ class Leaf(NamedTuple):
     dtype: str
 
 
+class Shared(Protocol):
+    """What is done to a matrix, in so far as its parts can share it."""
+
+    def flops(self, m: int, n: int, parts: int = 1) -> int:
+        """Returns the FLOPs of one m×n matrix, or of one of its parts."""
+        ...
+
+    def traffic(self, m: int, n: int, parts: int, dtype: DTypeLike) -> _linalg.Traffic:
+        """Returns what the parts of one matrix of a dtype tell one another."""
+        ...
+
+
 def make_plan(
     leaves: Sequence[Leaf],
-    method: _linalg.PartwiseMethod | None,
+    method: Shared | None,
+    turns: bool,
     strategy: rules.Strategy,
 ) -> Plan:
     """Spreads the matrices of leaves over the one mesh that they lie on.
 
     Args:
       leaves: The leaves, all with shardings on one mesh or all without.
-      method: What is done to each matrix; None if it takes matrices only as they are,
-        whole and not transposed.
+      method: What is done to each matrix; None if its parts cannot share it.
+      turns: Whether it may be done to the transposed matrix.
       strategy: What is set by hand.
 
     Raises:
@@ -287,7 +313,7 @@ def make_plan(
     shape = dict(mesh.shape) if mesh is not None else {}
     groups = [
         group
-        for key, sources in _alike(leaves, locals_, kinds, method, shape).items()
+        for key, sources in _alike(leaves, locals_, kinds, turns, shape).items()
         for group in _rounds(key, sources, shape, method, strategy)
     ]
     return Plan(mesh, tuple(specs), tuple(locals_), tuple(groups))
@@ -358,11 +384,10 @@ def _alike(
     leaves: Sequence[Leaf],
     views: Sequence[MatrixView],
     kinds: Sequence[tuple[Kind, ...]],
-    method: _linalg.PartwiseMethod | None,
+    turns: bool,
     shape: dict[str, int],
 ) -> dict[_Key, list[tuple[Kind, Source]]]:
     """All stacks by what decides whether they can go together, those of a kind next."""
-    turns = method is not None
     found: dict[_Key, list[tuple[Kind, Source]]] = {}
     for i, (leaf, view) in enumerate(zip(leaves, views, strict=True)):
         taken = set()
@@ -394,7 +419,7 @@ def _rounds(
     key: _Key,
     sources: list[tuple[Kind, Source]],
     shape: dict[str, int],
-    method: _linalg.PartwiseMethod | None,
+    method: Shared | None,
     strategy: rules.Strategy,
 ) -> Iterable[Group]:
     """The groups of one key: several if a device would hold too many at once."""
@@ -404,15 +429,15 @@ def _rounds(
     itemsize = jnp.dtype(key.dtype).itemsize
     at_once = strategy.stack_size or rules.stack_size(*key.shape)
     if w == 1:
-        lots = _lots(sources, 1, w)
+        lots = _lots(sources, 1, w, key.turned)
         yield Group(key.axes, sizes, lots, key.turned, at_once)
         return
     held = strategy.stack_size or rules.exchange_size(*key.shape, itemsize)
     whole = count // w * w
     split = 1
-    if key.turned and method is not None:
-        kinds = dict.fromkeys(kind for kind, _ in sources)
-        cost = functools.partial(_part_cost, method, tuple(kinds))
+    kinds = tuple(dict.fromkeys(kind for kind, _ in sources))
+    if method is not None and kinds[0].blocks == 1:
+        cost = functools.partial(_part_cost, method, kinds, key.turned)
         split = rules.parts(count, w, cost, strategy.flops_per_byte)
     if split == 1:
         whole = count
@@ -422,16 +447,18 @@ def _rounds(
     # Parts go with the last round of wholes, in the same exchange.
     last = rounds.pop() if rounds else []
     for cut in rounds:
-        yield Group(key.axes, sizes, _lots(cut, 1, w), key.turned, at_once)
-    lots = (*_lots(last, 1, w), *_lots(rest, split, w))
+        lots = _lots(cut, 1, w, key.turned)
+        yield Group(key.axes, sizes, lots, key.turned, at_once)
+    lots = (*_lots(last, 1, w, key.turned), *_lots(rest, split, w, key.turned))
     yield Group(key.axes, sizes, lots, key.turned, at_once)
 
 
 def _part_cost(
-    method: _linalg.PartwiseMethod, kinds: Sequence[Kind], parts: int
+    method: Shared, kinds: Sequence[Kind], turned: bool, parts: int
 ) -> tuple[int, int]:
     """FLOPs of a part, and the bytes it receives, of that kind where both are most."""
-    sides = [kind.split(parts) for kind in kinds]
+    # Parts that are put together again have no padding.
+    sides = [kind.split(parts) if turned else kind.shape for kind in kinds]
     flops = max(method.flops(m, n, parts) for m, n in sides)
     (m, n), dtype = sides[0], kinds[0].dtype
     return flops, method.traffic(m, n, parts, dtype).bytes if parts > 1 else 0
@@ -463,11 +490,17 @@ def _lot(kind: Kind, parts: int) -> tuple[int, int]:
 
 
 def _lots(
-    sources: list[tuple[Kind, Source]], parts: int, devices: int
+    sources: list[tuple[Kind, Source]], parts: int, devices: int, turned: bool
 ) -> tuple[Lot, ...]:
     """Lots by kinds, each starting at the device after the last one's last."""
     lots, start = [], 0
-    for _, similar in itertools.groupby(sources, key=lambda s: _lot(s[0], parts)):
+    # Parts that are put together again must be of one kind.
+    alone = parts > 1 and not turned
+
+    def together(source: tuple[Kind, Source]) -> Any:
+        return source[0] if alone else _lot(source[0], parts)
+
+    for _, similar in itertools.groupby(sources, key=together):
         batches = []
         for kind, same in itertools.groupby(similar, key=lambda s: s[0]):
             batch = Batch(kind, tuple(source for _, source in same), parts, start)

@@ -5,7 +5,7 @@ import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,37 +16,45 @@ from jax.typing import DTypeLike
 
 from optax_matrix import _linalg
 from optax_matrix._placement import work
-from optax_matrix._placement.plan import Group, Kind, Plan
+from optax_matrix._placement.plan import Group, Kind, Plan, Shared
 from optax_matrix._placement.stacks import over_units
 
 Scalars = Mapping[str, Array]
 
 
-class MatrixRule(Protocol):
+class MatrixRule(Shared, Protocol):
     """What happens to one matrix, (m, n), and the state it has; hashable.
 
     An update is `before`, then `refresh` of those whose turn it is, then `after`.
     Numbers that may be traced come in `scalars`, among them ``count``, how many updates
     came before.
+
+    Devices that share a matrix all have its gradient, and of every array of its state
+    the rows that are theirs, `parts.own`; so `before` and `after` return rows, and what
+    is needed whole of the state is gathered. On one device all is whole.
     """
 
     def init(self, m: int, n: int, dtype: DTypeLike) -> Any:
         """Returns the state of an m×n matrix."""
         ...
 
-    def before(self, x: Array, state: Any, scalars: Scalars) -> tuple[Array, Any]:
+    def before(
+        self, x: Array, state: Any, scalars: Scalars, parts: _linalg.Parts
+    ) -> tuple[Array, Any]:
         """Returns what `after` takes, and the new state."""
         ...
 
-    def refresh(self, state: Any, scalars: Scalars) -> Any:
+    def refresh(self, state: Any, scalars: Scalars, parts: _linalg.Parts) -> Any:
         """Returns the state with what is dear to compute brought up to date."""
         ...
 
-    def after(self, x: Array, state: Any, scalars: Scalars) -> Array:
+    def after(
+        self, x: Array, state: Any, scalars: Scalars, parts: _linalg.Parts
+    ) -> Array:
         """Returns the update, in any dtype."""
         ...
 
-    def first(self, state: Any, scalars: Scalars) -> Any:
+    def first(self, state: Any, scalars: Scalars, parts: _linalg.Parts) -> Any:
         """Returns the state at the first refresh."""
         ...
 
@@ -73,12 +81,19 @@ class Cadence:
 def init_states(rule: MatrixRule, plan: Plan) -> dict[str, Any]:
     """The state for every stack of matrices, by name, each device having its share."""
 
+    def units() -> Iterator[tuple[_Stack, Any]]:
+        """The state of one matrix of each stack, all of it."""
+        for stack in _stacks(plan):
+            dtype = _linalg.at_least_float32(stack.dtype)
+            yield stack, rule.init(stack.m, stack.n, dtype)
+
     def local() -> dict[str, Any]:
         states = {}
-        for name, _, kind, (count, m, n) in _stacks(plan):
-            one = rule.init(m, n, _linalg.at_least_float32(kind.dtype))
-            states[name] = jax.tree.map(
-                lambda x, count=count: jnp.broadcast_to(x, (count, *x.shape)), one
+        for stack, one in units():
+            rows = partial(_rows, work.sharing(stack.group, stack.parts))
+            one = jax.tree.map(rows, one)
+            states[stack.name] = jax.tree.map(
+                lambda x, count=stack.count: jnp.broadcast_to(x, (count, *x.shape)), one
             )
         return states
 
@@ -88,11 +103,12 @@ def init_states(rule: MatrixRule, plan: Plan) -> dict[str, Any]:
     if AxisType.Explicit in plan.mesh.axis_types:
         # Types on explicit axes have full specs: in short ones the second update would
         # see another type than the first, and recompile.
+        wholes = jax.eval_shape(lambda: {stack.name: one for stack, one in units()})
         specs = {
             name: jax.tree.map(
-                lambda x, name=name: jax.P(*short[name], *[None] * (x.ndim - 1)), state
+                lambda x, name=name: jax.P(*short[name], *[None] * x.ndim), one
             )
-            for name, state in jax.eval_shape(local).items()
+            for name, one in wholes.items()
         }
     return jax.shard_map(
         local, mesh=plan.mesh, in_specs=(), out_specs=specs, check_vma=False
@@ -106,7 +122,7 @@ def check_states(plan: Plan, states: Mapping[str, Any]) -> None:
       ValueError: If they are of other matrices, or laid out for another mesh.
     """
     devices = math.prod(plan.mesh.shape.values()) if plan.mesh is not None else 1
-    expected = {name: shape[0] * devices for name, _, _, shape in _stacks(plan)}
+    expected = {stack.name: stack.count * devices for stack in _stacks(plan)}
     found = {name: len(jax.tree.leaves(state)[0]) for name, state in states.items()}
     if found != expected:
         raise ValueError(
@@ -134,26 +150,20 @@ def update_states(
         def on_group(
             group: Group, kind: Kind, arrays: Sequence[Array], parts: int
         ) -> list[Array]:
-            del parts  # always 1: a rule takes whole matrices
             x = jnp.concatenate(arrays)
             view = work.in_blocks(kind, x.shape[0])
-            names = [name for name, of, _, _ in _stacks(plan) if of is group]
+            mine = [s for s in _stacks(plan) if s.group is group and s.parts == parts]
             done = []
-            for name, stack in zip(names, view.to_stacks(x), strict=True):
+            for stack, matrices in zip(mine, view.to_stacks(x), strict=True):
+                name = stack.name
                 y, kept[name] = _step(
-                    rule,
-                    cadence,
-                    turns[name],
-                    group.stack_size,
-                    stack,
-                    states[name],
-                    scalars,
+                    rule, cadence, turns[name], stack, matrices, states[name], scalars
                 )
                 done.append(y)
             ends = np.cumsum([len(x) for x in arrays])
             return jnp.split(view.from_stacks(done), ends[:-1])
 
-        return work.on_device(plan, on_group, leaves), kept
+        return work.on_device(plan, on_group, leaves, joined=True), kept
 
     if plan.mesh is None:
         return local(leaves, states, scalars)
@@ -171,21 +181,22 @@ def _step(
     rule: MatrixRule,
     cadence: Cadence,
     turns: np.ndarray,
-    at_once: int,
+    stack: "_Stack",
     x: Array,
     state: Any,
     scalars: Scalars,
 ) -> tuple[Array, Any]:
     """One update of a stack (count, m, n); row t of `turns` is who is due at t."""
-    count = x.shape[0]
+    count, at_once = x.shape[0], stack.group.stack_size
+    parts = work.sharing(stack.group, stack.parts)
     since = scalars["count"] - cadence.start
 
     def each(fn, *trees):
-        return over_units(lambda *xs: fn(*xs, scalars), trees, at_once)
+        return over_units(lambda *xs: fn(*xs, scalars, parts), trees, at_once)
 
     def all_of(fn, state):
         # Factorizations take long to compile and gain nothing side by side.
-        return over_units(lambda s: fn(s, scalars), [state], at_once, unrolled=1)
+        return over_units(lambda s: fn(s, scalars, parts), [state], at_once, unrolled=1)
 
     def first(state: Any) -> Any:
         return all_of(rule.first, state)
@@ -202,35 +213,66 @@ def _step(
     anyone = jnp.asarray((turns < count).any(axis=1))[since % cadence.every]
     case = jnp.where(since == 0, 2, jnp.where((since > 0) & anyone, 1, 0))
     state = lax.switch(case, [lambda state: state, due, first], state)
-    return each(rule.after, y, state).astype(x.dtype), state
+    rows = each(rule.after, y, state).astype(x.dtype)
+    return parts.gather(rows, stack.m), state
 
 
-def _stacks(
-    plan: Plan,
-) -> Iterator[tuple[str, Group, Kind, tuple[int, int, int]]]:
-    """Name, group, kind and (count, m, n) of each stack that a device holds."""
+def _rows(parts: _linalg.Parts, x: Array) -> Array:
+    """What a part has of an array of a state; numbers are the same for all."""
+    if x.ndim < 2:
+        return parts.own(x[:, None])[:, 0] if x.ndim else x
+    return parts.own(x)
+
+
+class _Stack(NamedTuple):
+    """Matrices of one shape, or blocks of them, that a device works on.
+
+    Attributes:
+      name: Of their state.
+      group: Where they are from.
+      parts: Among how many devices each is shared.
+      dtype: Of the leaves.
+      count: How many there are.
+      m: Their inputs.
+      n: Their outputs.
+    """
+
+    name: str
+    group: Group
+    parts: int
+    dtype: str
+    count: int
+    m: int
+    n: int
+
+
+def _stacks(plan: Plan) -> Iterator[_Stack]:
+    """The stacks that a device holds."""
     seen: dict[str, int] = {}
     for group in plan.groups:
-        kind = group.batches[0].kind
-        for shape in work.in_blocks(kind, group.busiest(group.lots)).matrices:
-            name = f"{shape[1]}x{shape[2]}"
-            seen[name] = seen.get(name, 0) + 1
-            if seen[name] > 1:
-                name = f"{name}.{seen[name]}"
-            yield name, group, kind, shape
+        for where in group.pools():
+            lots = [group.lots[i] for i in where]
+            kind, parts = lots[0].batches[0].kind, lots[0].parts
+            for shape in work.in_blocks(kind, group.busiest(lots)).matrices:
+                name = f"{shape[1]}x{shape[2]}"
+                if parts > 1:
+                    name += f".in{parts}"
+                seen[name] = seen.get(name, 0) + 1
+                if seen[name] > 1:
+                    name = f"{name}.{seen[name]}"
+                yield _Stack(name, group, parts, kind.dtype, *shape)
 
 
 def _specs(plan: Plan) -> dict[str, jax.P]:
     """How the states of a plan are sharded: their first axis, over all devices."""
     assert plan.mesh is not None
     specs = {}
-    for name, group, _, _ in _stacks(plan):
+    for stack in _stacks(plan):
+        axes = stack.group.axes
         others = [
-            axis
-            for axis, size in plan.mesh.shape.items()
-            if size > 1 and axis not in group.axes
+            a for a, size in plan.mesh.shape.items() if size > 1 and a not in axes
         ]
-        specs[name] = jax.P((*others, *group.axes))
+        specs[stack.name] = jax.P((*others, *axes))
     return specs
 
 
@@ -242,9 +284,10 @@ def _turns(rule: MatrixRule, plan: Plan, cadence: Cadence) -> dict[str, np.ndarr
     every = cadence.every
     lists: dict[str, list[list[int]]] = {}
     units = []
-    for name, _, _, (count, m, n) in _stacks(plan):
-        lists[name] = [[] for _ in range(every)]
-        units += [(-rule.refresh_cost(m, n), name, i) for i in range(count)]
+    for stack in _stacks(plan):
+        lists[stack.name] = [[] for _ in range(every)]
+        cost = -rule.refresh_cost(stack.m, stack.n)
+        units += [(cost, stack.name, i) for i in range(stack.count)]
     loads = [(0.0, step) for step in range(every)]
     for cost, name, i in sorted(units) if cadence.staggered else units:
         if cadence.staggered:
@@ -254,9 +297,9 @@ def _turns(rule: MatrixRule, plan: Plan, cadence: Cadence) -> dict[str, np.ndarr
             step = 0
         lists[name][step].append(i)
     tables = {}
-    for name, _, _, (count, _, _) in _stacks(plan):
-        most = max(len(due) for due in lists[name])
+    for stack in _stacks(plan):
+        most = max(len(due) for due in lists[stack.name])
         # A number past the last stands for no one.
-        rows = [due + [count] * (most - len(due)) for due in lists[name]]
-        tables[name] = np.asarray(rows, np.int32)
+        rows = [due + [stack.count] * (most - len(due)) for due in lists[stack.name]]
+        tables[stack.name] = np.asarray(rows, np.int32)
     return tables

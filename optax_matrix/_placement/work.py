@@ -34,7 +34,7 @@ def polar_work(polar: Polar) -> Work:
     def work(
         group: Group, kind: Kind, arrays: Sequence[Array], parts: int
     ) -> list[Array]:
-        fn = _partwise(group, parts, polar) if parts > 1 else polar
+        fn = partial(polar, parts=sharing(group, parts)) if parts > 1 else polar
         return over_matrices(_on_matrices(kind, fn), arrays, group.stack_size)
 
     return work
@@ -54,14 +54,23 @@ def run(plan: Plan, work: Work, leaves: Sequence[Array]) -> tuple[Array, ...]:
     )(*leaves)
 
 
-def on_device(plan: Plan, work: Work, leaves: Sequence[Array]) -> tuple[Array, ...]:
-    """What each device does, given what it holds of the leaves."""
+def on_device(
+    plan: Plan, work: Work, leaves: Sequence[Array], joined: bool = False
+) -> tuple[Array, ...]:
+    """What each device does, given what it holds of the leaves.
+
+    Args:
+      plan: What is where.
+      work: What is done to matrices.
+      leaves: What it holds.
+      joined: Whether the work takes whole matrices, to share them among their parts.
+    """
     stacks = [
         view.to_stacks(leaf) for view, leaf in zip(plan.views, leaves, strict=True)
     ]
     found: dict[tuple[int, int], list[tuple[int, Array]]] = {}
     for group in plan.groups:
-        for source, result in _on_group(group, work, stacks):
+        for source, result in _on_group(group, work, stacks, joined):
             found.setdefault((source.leaf, source.stack), []).append(
                 (source.start, result)
             )
@@ -78,7 +87,7 @@ def on_device(plan: Plan, work: Work, leaves: Sequence[Array]) -> tuple[Array, .
 
 
 def _on_group(
-    group: Group, work: Work, stacks: Sequence[Sequence[Array]]
+    group: Group, work: Work, stacks: Sequence[Sequence[Array]], joined: bool
 ) -> list[tuple[Source, Array]]:
     """The results for each range of matrices of a group."""
 
@@ -106,16 +115,24 @@ def _on_group(
         units = [taken(source, batch.kind) for source in batch.sources]
         return _in_parts(jnp.concatenate(units), batch)
 
-    placed = exchange.bring(
-        group, [[held(batch) for batch in lot.batches] for lot in group.lots]
-    )
+    units = [[held(batch) for batch in lot.batches] for lot in group.lots]
+    with jax.named_scope("exchange"):
+        placed = exchange.bring(group, units)
     for where in group.pools():
         lots = [group.lots[i] for i in where]
-        done = _pooled(group, lots, [placed[i] for i in where], work)
-        for i, result in zip(where, done, strict=True):
-            placed[i] = result
+        slots, unit = [placed[i] for i in where], lots[0].batches[0].unit
+        apart = joined and lots[0].parts > 1
+        if apart:
+            pairs = zip(lots, slots, strict=True)
+            slots = [_joined(group, lot.batches[0], x) for lot, x in pairs]
+            unit = lots[0].batches[0].kind
+        done = _pooled(group, lots, unit, slots, work)
+        for i, lot, result in zip(where, lots, done, strict=True):
+            placed[i] = _own(group, lot.batches[0], result) if apart else result
+    with jax.named_scope("exchange"):
+        taken_back = exchange.take_back(group, placed)
     results = []
-    for lot, found in zip(group.lots, exchange.take_back(group, placed), strict=True):
+    for lot, found in zip(group.lots, taken_back, strict=True):
         for batch, units in zip(lot.batches, found, strict=True):
             whole, start = _whole(units, batch), 0
             for source in batch.sources:
@@ -126,11 +143,10 @@ def _on_group(
 
 
 def _pooled(
-    group: Group, lots: Sequence[Lot], slots: Sequence[Array], work: Work
+    group: Group, lots: Sequence[Lot], unit: Kind, slots: Sequence[Array], work: Work
 ) -> list[Array]:
     """`work` on a device's matrices of all lots together, empty slots left out."""
-    pool = jnp.concatenate(slots)
-    unit, parts = lots[0].batches[0].unit, lots[0].parts
+    pool, parts = jnp.concatenate(slots), lots[0].parts
     table = group.table(lots)
     if table is None:
         (done,) = work(group, unit, [pool], parts)
@@ -167,9 +183,11 @@ def in_blocks(kind: Kind, count: int) -> MatrixView:
     )
 
 
-def _partwise(group: Group, parts: int, polar: Polar) -> Polar:
-    """`polar` on one part a device, neighbours having the other parts of a matrix."""
-    among = [list(range(i, i + parts)) for i in range(0, group.devices, parts)]
+def sharing(group: Group, parts: int) -> _linalg.Parts:
+    """How a device shares a matrix with its neighbours, who have the other parts."""
+    if parts == 1:
+        return _linalg.WHOLE
+    among = _neighbours(group, parts)
     over = partial(lax.psum, axis_name=group.axes, axis_index_groups=among)
     most = partial(lax.pmax, axis_name=group.axes, axis_index_groups=among)
 
@@ -190,7 +208,11 @@ def _partwise(group: Group, parts: int, polar: Polar) -> Polar:
         )
         return lax.slice_in_dim(whole, 0, rows, axis=-2)
 
-    return partial(polar, parts=_linalg.Parts(parts, over, most, own, gather))
+    return _linalg.Parts(parts, over, most, own, gather)
+
+
+def _neighbours(group: Group, parts: int) -> list[list[int]]:
+    return [list(range(i, i + parts)) for i in range(0, group.devices, parts)]
 
 
 def _in_parts(units: Array, batch: Batch) -> Array:
@@ -219,3 +241,34 @@ def _whole(units: Array, batch: Batch) -> Array:
     merged = (*shape[: axis + 1], -1, *shape[axis + 3 :])
     whole = jnp.reshape(grid, merged)
     return lax.slice_in_dim(whole, 0, batch.kind.sizes[axis], axis=axis + 1)
+
+
+def _joined(group: Group, batch: Batch, x: Array) -> Array:
+    """Whole matrices, (slots, m, n), of those that this device has parts of."""
+    kind, parts = batch.kind, batch.parts
+    part, axis = kind.in_parts(parts)
+    found = lax.all_gather(x, group.axes, axis_index_groups=_neighbours(group, parts))
+    before, after = part.whole[:axis], part.whole[axis + 1 :]
+    shards, size = kind.shards[axis], part.sizes[axis]
+    # Every shard was cut: (parts, slots, ..., shards, size, ...) to the order of old.
+    grid = jnp.reshape(found, (parts, -1, *before, shards, size, *after))
+    grid = jnp.moveaxis(grid, 0, axis + 2)
+    slots = grid.shape[0]
+    merged = jnp.reshape(grid, (slots, *before, shards, parts * size, *after))
+    merged = lax.slice_in_dim(merged, 0, kind.sizes[axis], axis=axis + 2)
+    return jnp.reshape(merged, (slots, *kind.shape))
+
+
+def _own(group: Group, batch: Batch, x: Array) -> Array:
+    """The inverse of `_joined`, of results that all who share a matrix have."""
+    kind, parts = batch.kind, batch.parts
+    part, axis = kind.in_parts(parts)
+    before, after = part.whole[:axis], part.whole[axis + 1 :]
+    shards, size, slots = kind.shards[axis], part.sizes[axis], x.shape[0]
+    grid = jnp.reshape(x, (slots, *before, shards, kind.sizes[axis], *after))
+    missing = parts * size - kind.sizes[axis]
+    padding = [(0, missing if i == axis + 2 else 0) for i in range(grid.ndim)]
+    grid = jnp.pad(grid, padding)
+    mine = lax.axis_index(group.axes) % parts * size
+    grid = lax.dynamic_slice_in_dim(grid, mine, size, axis=axis + 2)
+    return jnp.reshape(grid, (slots, *part.shape))

@@ -7,6 +7,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from optax_matrix import _linalg
+from optax_matrix._linalg import WHOLE, Parts
 from optax_matrix._transforms import _numerics, _preconditioner
 from optax_matrix._transforms._preconditioner import Health
 
@@ -36,51 +37,72 @@ def side(size: int, dtype: str) -> Side:
     return Side(zeros, zeros, None, _preconditioner.healthy())
 
 
-def rotated(x: Array, left: Side | None, right: Side | None, precision: str) -> Array:
-    """Q_Lᵀ x Q_R."""
-    if left is not None:
-        x = jnp.matmul(left.basis.astype(x.dtype).T, x, precision=precision)
-    if right is not None:
-        x = jnp.matmul(x, right.basis.astype(x.dtype), precision=precision)
-    return x
+def rotated_left(
+    x: Array, left: Side | None, precision: str, parts: Parts = WHOLE
+) -> Array:
+    """This part's rows of Q_Lᵀ x, of the whole x."""
+    if left is None:
+        return parts.own(x)
+    basis = _basis(left, x, parts)
+    return jnp.matmul(parts.own(basis.T), x, precision=precision)
+
+
+def rotated_right(
+    rows: Array, right: Side | None, precision: str, parts: Parts = WHOLE
+) -> Array:
+    """x Q_R of some rows."""
+    if right is None:
+        return rows
+    return jnp.matmul(rows, _basis(right, rows, parts), precision=precision)
 
 
 def rotated_back(
-    x: Array, left: Side | None, right: Side | None, precision: str
+    rows: Array,
+    left: Side | None,
+    right: Side | None,
+    precision: str,
+    parts: Parts = WHOLE,
 ) -> Array:
-    """Q_L x Q_Rᵀ."""
-    if left is not None:
-        x = jnp.matmul(left.basis.astype(x.dtype), x, precision=precision)
+    """This part's rows of Q_L x Q_Rᵀ, of its rows of x."""
     if right is not None:
-        x = jnp.matmul(x, right.basis.astype(x.dtype).T, precision=precision)
-    return x
+        basis = _basis(right, rows, parts)
+        rows = jnp.matmul(rows, basis.T, precision=precision)
+    if left is not None:
+        whole = parts.gather(rows, left.basis.shape[-1])
+        rows = jnp.matmul(left.basis.astype(rows.dtype), whole, precision=precision)
+    return rows
 
 
-def started(side: Side | None, max_failures: ArrayLike) -> Side | None:
+def _basis(side: Side, like: Array, parts: Parts) -> Array:
+    return parts.gather(side.basis, side.basis.shape[-1]).astype(like.dtype)
+
+
+def started(
+    side: Side | None, max_failures: ArrayLike, parts: Parts = WHOLE
+) -> Side | None:
     """With the eigenvectors of its statistic as its basis."""
     if side is None:
         return None
-    wide = _wide(side.statistic)
-    found = _linalg.eigenbasis(wide)
+    found = _linalg.eigenbasis(_whole(side.statistic, parts))
     good = jnp.all(jnp.isfinite(found))
     # Nothing can be kept yet.
     basis = jnp.where(good, found, jnp.eye(found.shape[-1], dtype=found.dtype))
     return side._replace(
-        basis=basis.astype(side.basis.dtype),
+        basis=parts.own(basis).astype(side.basis.dtype),
         health=_preconditioner.after_refresh(side.health, good, max_failures),
     )
 
 
 def followed(
-    side: Side | None, max_failures: ArrayLike, sort: bool
+    side: Side | None, max_failures: ArrayLike, sort: bool, parts: Parts = WHOLE
 ) -> tuple[Side | None, Array | None]:
     """With its basis moved by a power step, and where its columns were before."""
     if side is None:
         return None, None
-    old = _wide(side.basis)
-    found, order = _linalg.power_step(_wide(side.statistic), old, sort)
+    statistic, old = _whole(side.statistic, parts), _whole(side.basis, parts)
+    found, order = _linalg.power_step(statistic, old, sort, parts)
     good = jnp.all(jnp.isfinite(found))
-    basis = jnp.where(good, found, old).astype(side.basis.dtype)
+    basis = parts.own(jnp.where(good, found, old)).astype(side.basis.dtype)
     health = _preconditioner.after_refresh(side.health, good, max_failures)
     order = jnp.where(good, order, jnp.arange(order.shape[-1]))
     return side._replace(basis=basis, health=health), order
@@ -91,11 +113,16 @@ def carried(
     old: tuple[Side | None, Side | None],
     new: tuple[Side | None, Side | None],
     precision: str,
+    parts: Parts = WHOLE,
 ) -> Array:
-    """A momentum in the old bases, in the new ones."""
-    wide = _wide(momentum)
-    moved = rotated(rotated_back(wide, *old, precision), *new, precision)
-    return moved.astype(momentum.dtype)
+    """This part's rows of a momentum in the old bases, in the new ones."""
+    left, right = new
+    rows = rotated_back(_wide(momentum), *old, precision, parts)
+    if left is not None:
+        whole = parts.gather(rows, left.basis.shape[-1])
+        rows = rotated_left(whole, left, precision, parts)
+    rows = rotated_right(rows, right, precision, parts)
+    return rows.astype(momentum.dtype)
 
 
 def refresh_flops(m: int, n: int, max_dim: int) -> float:
@@ -110,3 +137,8 @@ def average(old: Array, new: Array, decay: ArrayLike) -> Array:
 
 def _wide(x: Array) -> Array:
     return x.astype(_linalg.at_least_float32(x.dtype))
+
+
+def _whole(rows: Array, parts: Parts) -> Array:
+    """All of a square array of the state, to calculate with."""
+    return _wide(parts.gather(rows, rows.shape[-1]))

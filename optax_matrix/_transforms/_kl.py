@@ -8,6 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _check, _layout, _placement
+from optax_matrix._linalg import Parts, Traffic
 from optax_matrix._transforms import _eigenbases, _numerics, _preconditioner
 from optax_matrix._transforms._eigenbases import Moments, Side
 
@@ -37,20 +38,22 @@ class KLRule:
         return Moments(zeros, zeros if self.with_variance else None, side(m), side(n))
 
     def before(
-        self, x: Array, state: Moments, scalars: _placement.Scalars
+        self, x: Array, state: Moments, scalars: _placement.Scalars, parts: Parts
     ) -> tuple[Array, Moments]:
         """The step with what is known so far, then the statistics with this update."""
         g = _numerics.wide(x)
-        left, right = state.left, state.right
+        (m, _), left, right = g.shape, state.left, state.right
         first = scalars["count"] == 0
-        across = _eigenbases.rotated(g, None, right, self.precision)
-        inside = _eigenbases.rotated(across, left, None, self.precision)
+        # What is not said to be whole is this part's rows.
+        across = _eigenbases.rotated_right(parts.own(g), right, self.precision, parts)
+        whole = parts.gather(across, m)
+        inside = _eigenbases.rotated_left(whole, left, self.precision, parts)
         # The moments do not see the first gradient, and so the first update is zero;
         # a product, so that it is NaN if the gradient is.
         inside = inside * (scalars["count"] > 0).astype(g.dtype)
         momentum = _eigenbases.average(state.momentum, inside, scalars["b1"])
         eps = _numerics.as_scalar(scalars["eps"], g)
-        by_left, by_right = _row(left, g)[:, None], _row(right, g)[None, :]
+        by_left, by_right = _scale(left, g), _all(right, g, parts).T
         if state.variance is None:
             variance = None
             scale = by_left * by_right
@@ -60,16 +63,17 @@ class KLRule:
             wide = _eigenbases.average(state.variance, squares, scalars["b2"])
             direction = momentum / (jnp.sqrt(wide) + eps)
             variance = wide.astype(state.variance.dtype)
-        update = _eigenbases.rotated_back(direction, left, right, self.precision)
+        update = _eigenbases.rotated_back(direction, left, right, self.precision, parts)
 
-        down = _eigenbases.rotated(g, left, None, self.precision)
+        down = _eigenbases.rotated_left(g, left, self.precision, parts)
         # Of the first gradient, while nothing is known of the other side.
-        for_left = jnp.where(first, g, across * by_right)
-        for_right = jnp.where(first, g, down * by_left)
-        of_left = jnp.mean(jnp.square(inside * by_right), axis=1)
-        of_right = jnp.mean(jnp.square(inside * by_left), axis=0)
-        new_left = self._observed(left, for_left, of_left, scalars)
-        new_right = self._observed(right, for_right.T, of_right, scalars)
+        for_left = jnp.where(first, g, whole * by_right)
+        for_right = jnp.where(first, g, parts.gather(down * by_left, m))
+        of_left = jnp.mean(jnp.square(inside * by_right), axis=1, keepdims=True)
+        of_right = jnp.sum(jnp.square(inside * by_left), axis=0, keepdims=True)
+        of_right = parts.own(parts.sum(of_right).T / m)
+        new_left = self._observed(left, for_left, of_left, scalars, parts)
+        new_right = self._observed(right, for_right.T, of_right, scalars, parts)
         momentum = momentum.astype(state.momentum.dtype)
         return update, Moments(momentum, variance, new_left, new_right)
 
@@ -79,14 +83,15 @@ class KLRule:
         half: Array,
         values: Array,
         scalars: _placement.Scalars,
+        parts: Parts,
     ) -> Side | None:
         """A side with one more statistic H Hᵀ / n, H being m×n, and eigenvalues."""
         if side is None:
             return None
         (size, n), decay = half.shape, scalars["factor_b2"]
-        outer = jnp.matmul(half, half.T, precision=self.precision) / n
+        outer = jnp.matmul(parts.own(half), half.T, precision=self.precision) / n
         statistic = _eigenbases.average(side.statistic, outer, decay)
-        known = jnp.square(_row(side, half))
+        known = jnp.square(_scale(side, half))
         known = jnp.where(known > 0, 1 / jnp.where(known > 0, known, 1), 0)
         values = _eigenbases.average(known, values, decay)
         scale = jnp.where(values > 0, 1 / jnp.sqrt(jnp.where(values > 0, values, 1)), 0)
@@ -94,49 +99,77 @@ class KLRule:
         limit = jnp.maximum(10, jnp.minimum(size, largest))
         return side._replace(
             statistic=statistic.astype(side.statistic.dtype),
-            scale=jnp.minimum(scale, limit),
+            scale=jnp.minimum(scale, limit)[:, 0],
         )
 
-    def first(self, state: Moments, scalars: _placement.Scalars) -> Moments:
+    def first(
+        self, state: Moments, scalars: _placement.Scalars, parts: Parts
+    ) -> Moments:
         """The eigenbases of the first gradient, all eigenvalues taken for alike."""
         left, right = (
-            self._started(side, scalars) for side in (state.left, state.right)
+            self._started(side, scalars, parts) for side in (state.left, state.right)
         )
         return state._replace(left=left, right=right)
 
-    def _started(self, side: Side | None, scalars: _placement.Scalars) -> Side | None:
-        side = _eigenbases.started(side, scalars["max_failures"])
+    def _started(
+        self, side: Side | None, scalars: _placement.Scalars, parts: Parts
+    ) -> Side | None:
+        side = _eigenbases.started(side, scalars["max_failures"], parts)
         if side is None or side.scale is None:
             return None
         return side._replace(
             scale=jnp.full_like(side.scale, scalars["initial"] ** -0.5)
         )
 
-    def refresh(self, state: Moments, scalars: _placement.Scalars) -> Moments:
+    def refresh(
+        self, state: Moments, scalars: _placement.Scalars, parts: Parts
+    ) -> Moments:
         """A power step of both bases, unsorted; the momentum goes along."""
+        failures = scalars["max_failures"]
         left, right = (
-            _eigenbases.followed(side, scalars["max_failures"], sort=False)[0]
+            _eigenbases.followed(side, failures, sort=False, parts=parts)[0]
             for side in (state.left, state.right)
         )
         old, new = (state.left, state.right), (left, right)
-        momentum = _eigenbases.carried(state.momentum, old, new, self.precision)
+        momentum = _eigenbases.carried(state.momentum, old, new, self.precision, parts)
         return Moments(momentum, state.variance, left, right)
 
-    def after(self, x: Array, state: Moments, scalars: _placement.Scalars) -> Array:
+    def after(
+        self, x: Array, state: Moments, scalars: _placement.Scalars, parts: Parts
+    ) -> Array:
         """The update as it is: a refresh shows from the next one on."""
-        del state, scalars
+        del state, scalars, parts
         return x
+
+    def flops(self, m: int, n: int, parts: int = 1) -> int:
+        """Of statistics, the rotations there and back, and those of one side alone."""
+        sides = m <= self.max_dim, n <= self.max_dim
+        one = sides[0] * 2 * -(-m // parts) * m * n
+        return _preconditioner.update_flops(m, n, sides, 2, parts) + one
+
+    def traffic(self, m: int, n: int, parts: int, dtype: DTypeLike) -> Traffic:
+        """Bases, the momentum between the rotations back, and what is of one side."""
+        sides = m <= self.max_dim, n <= self.max_dim
+        between = 2 + sides[0]
+        return _preconditioner.update_traffic(m, n, sides, between, parts, dtype)
 
     def refresh_cost(self, m: int, n: int) -> float:
         """See `_eigenbases.refresh_flops`."""
         return _eigenbases.refresh_flops(m, n, self.max_dim)
 
 
-def _row(side: Side | None, like: Array) -> Array:
-    """Inverse square roots of a side's eigenvalues; 1 for one that is left out."""
+def _scale(side: Side | None, like: Array) -> Array:
+    """Inverse square roots of eigenvalues, a column; 1 for a side that is left out."""
     if side is None or side.scale is None:
-        return jnp.ones((1,), like.dtype)
-    return side.scale.astype(like.dtype)
+        return jnp.ones((1, 1), like.dtype)
+    return side.scale[:, None].astype(like.dtype)
+
+
+def _all(side: Side | None, like: Array, parts: Parts) -> Array:
+    """`_scale` of the whole side."""
+    if side is None:
+        return _scale(side, like)
+    return parts.gather(_scale(side, like), side.basis.shape[-1])
 
 
 def kl_transformation(

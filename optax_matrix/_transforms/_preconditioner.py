@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_matrix import _check, _layout, _placement
+from optax_matrix import _check, _layout, _linalg, _placement
+from optax_matrix._linalg import Traffic
 from optax_matrix._transforms import _numerics
 
 
@@ -79,6 +80,51 @@ def per_matrix(
         return tree, PreconditionState(count, matrices)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def update_flops(
+    m: int, n: int, sides: tuple[bool, bool], rotations: int, parts: int
+) -> int:
+    """What one of the parts of a matrix has of an update without refresh, of matmuls.
+
+    Args:
+      m: Inputs.
+      n: Outputs.
+      sides: Which of the two have a statistic.
+      rotations: How many products there are besides with the matrices of each side.
+      parts: In how many parts the rows of each product are.
+    """
+    rows, columns = -(-m // parts), -(-n // parts)
+    left, right = sides
+    of_left = (1 + rotations) * 2 * rows * m * n
+    of_right = 2 * columns * m * n + rotations * 2 * rows * n * n
+    return left * of_left + right * of_right
+
+
+def update_traffic(
+    m: int,
+    n: int,
+    sides: tuple[bool, bool],
+    between: int,
+    parts: int,
+    dtype: DTypeLike,
+) -> Traffic:
+    """What one of the parts of a matrix receives from the others in such an update.
+
+    Args:
+      m: Inputs.
+      n: Outputs.
+      sides: Of which the matrix is gathered to multiply with.
+      between: How many m×n matrices are gathered between products, besides what the
+        rule takes and what it returns.
+      parts: In how many parts the rows of each are.
+      dtype: Of the updates.
+    """
+    left, right = sides
+    numbers = left * m * m + right * n * n + (2 + between) * m * n
+    itemsize = _linalg.at_least_float32(dtype).itemsize
+    gathers = left + right + 2 + between
+    return Traffic(0, gathers, numbers * itemsize * (parts - 1) // parts)
 
 
 def as_cadence(start: int, every: int, stagger: bool) -> _placement.Cadence:

@@ -1,6 +1,7 @@
 """Multiplies both sides of an update by roots of its running statistics (Shampoo)."""
 
 import dataclasses
+import itertools
 import math
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _check, _layout, _linalg, _placement
+from optax_matrix._linalg import Parts, Traffic
 from optax_matrix._transforms import _numerics, _preconditioner
 from optax_matrix._transforms._preconditioner import Health
 
@@ -48,26 +50,24 @@ class ShampooRule:
         own = jnp.dtype(dtype).name
         momentum = jnp.zeros((m, n), self.moment_dtype or own)
 
-        def side(size: int, exponent: float | None) -> RootSide | None:
-            if exponent is None or size > self.max_dim:
-                return None
+        def side(size: int) -> RootSide:
             eye = jnp.eye(size, dtype=self.factor_dtype or own)
             return RootSide(jnp.zeros_like(eye), eye, _preconditioner.healthy())
 
         left, right = (
-            side(size, exponent)
-            for size, exponent in zip((m, n), self.exponents, strict=True)
+            side(size) if kept else None
+            for size, kept in zip((m, n), self._sides(m, n), strict=True)
         )
         return ShampooMatrix(momentum if self.with_momentum else None, left, right)
 
     def before(
-        self, x: Array, state: ShampooMatrix, scalars: _placement.Scalars
+        self, x: Array, state: ShampooMatrix, scalars: _placement.Scalars, parts: Parts
     ) -> tuple[Array, ShampooMatrix]:
         """The statistics with this update, and its momentum."""
         g = _numerics.wide(x)
-        left = self._observed(state.left, g, scalars)
-        right = self._observed(state.right, g.T, scalars)
-        momentum = state.momentum
+        left = self._observed(state.left, g, scalars, parts)
+        right = self._observed(state.right, g.T, scalars, parts)
+        g, momentum = parts.own(g), state.momentum
         if momentum is not None:
             wide = _numerics.moving_average(_numerics.wide(momentum), g, scalars["b1"])
             momentum = wide.astype(momentum.dtype)
@@ -75,11 +75,15 @@ class ShampooRule:
         return g, ShampooMatrix(momentum, left, right)
 
     def _observed(
-        self, side: RootSide | None, g: Array, scalars: _placement.Scalars
+        self,
+        side: RootSide | None,
+        g: Array,
+        scalars: _placement.Scalars,
+        parts: Parts,
     ) -> RootSide | None:
         if side is None:
             return None
-        outer = jnp.matmul(g, g.T, precision=self.precision)
+        outer = jnp.matmul(parts.own(g), g.T, precision=self.precision)
         old = _numerics.wide(side.statistic)
         if self.summed:
             new = old + outer
@@ -88,11 +92,11 @@ class ShampooRule:
         return side._replace(statistic=new.astype(side.statistic.dtype))
 
     def refresh(
-        self, state: ShampooMatrix, scalars: _placement.Scalars
+        self, state: ShampooMatrix, scalars: _placement.Scalars, parts: Parts
     ) -> ShampooMatrix:
         """Both roots from the statistics; one that fails keeps the last good one."""
         left, right = (
-            self._rooted(side, exponent, scalars)
+            self._rooted(side, exponent, scalars, parts)
             for side, exponent in zip(
                 (state.left, state.right), self.exponents, strict=True
             )
@@ -106,14 +110,15 @@ class ShampooRule:
         side: RootSide | None,
         exponent: float | None,
         scalars: _placement.Scalars,
+        parts: Parts,
     ) -> RootSide | None:
         if side is None or exponent is None:
             return None
-        a = _numerics.wide(side.statistic)
+        a = _numerics.wide(parts.gather(side.statistic, side.statistic.shape[-1]))
         if not self.summed:
             a = a / _numerics.bias_correction(scalars["b2"], _seen(scalars), a)
         if self.root == "eigh":
-            found = _linalg.power_by_eigh(a, exponent, scalars["damping"])
+            found = _linalg.power_by_eigh(a, exponent, scalars["damping"], parts)
         else:
             p = round(-1 / exponent)
             found = _linalg.inverse_root_by_newton(a, p, scalars["damping"])
@@ -121,34 +126,49 @@ class ShampooRule:
         good = good & (found.residual <= scalars["residual_bound"])
         # A statistic that is zero says nothing, which is no failure either.
         said = jnp.any(a != 0)
-        root = jnp.where(good & said, found.value.astype(side.root.dtype), side.root)
+        new = parts.own(found.value).astype(side.root.dtype)
+        root = jnp.where(good & said, new, side.root)
         health = _preconditioner.after_refresh(
             side.health, good, scalars["max_failures"]
         )
         return RootSide(side.statistic, root, health)
 
     def after(
-        self, x: Array, state: ShampooMatrix, scalars: _placement.Scalars
+        self, x: Array, state: ShampooMatrix, scalars: _placement.Scalars, parts: Parts
     ) -> Array:
         """The momentum between the roots."""
         del scalars
-        if state.left is not None:
-            root = state.left.root.astype(x.dtype)
-            x = jnp.matmul(root, x, precision=self.precision)
         if state.right is not None:
             root = state.right.root.astype(x.dtype)
+            root = parts.gather(root, root.shape[-1])
             x = jnp.matmul(x, root, precision=self.precision)
+        if state.left is not None:
+            root = state.left.root.astype(x.dtype)
+            x = parts.gather(x, root.shape[-1])
+            x = jnp.matmul(root, x, precision=self.precision)
         return x
+
+    def flops(self, m: int, n: int, parts: int = 1) -> int:
+        """Of statistics, and of the roots times the momentum."""
+        return _preconditioner.update_flops(m, n, self._sides(m, n), 1, parts)
+
+    def traffic(self, m: int, n: int, parts: int, dtype: DTypeLike) -> Traffic:
+        """A root, and the momentum between both."""
+        left, right = self._sides(m, n)
+        return _preconditioner.update_traffic(m, n, (False, right), left, parts, dtype)
+
+    def _sides(self, m: int, n: int) -> tuple[bool, bool]:
+        """Which have a root."""
+        left, right = (
+            exponent is not None and size <= self.max_dim
+            for size, exponent in zip((m, n), self.exponents, strict=True)
+        )
+        return left, right
 
     def refresh_cost(self, m: int, n: int) -> float:
         """About what the roots of both sides cost."""
-        sides = zip((m, n), self.exponents, strict=True)
         return float(
-            sum(
-                size**3
-                for size, exponent in sides
-                if exponent is not None and size <= self.max_dim
-            )
+            sum(size**3 for size in itertools.compress((m, n), self._sides(m, n)))
         )
 
 

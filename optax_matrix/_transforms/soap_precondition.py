@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _check, _layout, _placement
+from optax_matrix._linalg import Parts, Traffic
 from optax_matrix._transforms import _eigenbases, _numerics, _preconditioner
 from optax_matrix._transforms._eigenbases import Moments, Side
 
@@ -35,7 +36,7 @@ class SoapRule:
         return Moments(zeros, zeros, *sides)
 
     def before(
-        self, x: Array, state: Moments, scalars: _placement.Scalars
+        self, x: Array, state: Moments, scalars: _placement.Scalars, parts: Parts
     ) -> tuple[Array, Moments]:
         """Adam in the bases so far, then the statistics with this update."""
         g = _numerics.wide(x)
@@ -43,7 +44,8 @@ class SoapRule:
         # The moments do not see the first gradient, and so the first update is zero;
         # a product, so that it is NaN if the gradient is.
         seen = g * (scalars["count"] > 0).astype(g.dtype)
-        inside = _eigenbases.rotated(seen, *sides, self.precision)
+        inside = _eigenbases.rotated_left(seen, state.left, self.precision, parts)
+        inside = _eigenbases.rotated_right(inside, state.right, self.precision, parts)
         momentum = _eigenbases.average(state.momentum, inside, scalars["b1"])
         squares = jnp.square(inside)
         wide = _eigenbases.average(variance, squares, scalars["b2"])
@@ -52,42 +54,63 @@ class SoapRule:
         scale = scale / _numerics.bias_correction(scalars["b1"], terms, g)
         eps = _numerics.as_scalar(scalars["eps"], g)
         direction = scale * momentum / (jnp.sqrt(wide) + eps)
-        update = _eigenbases.rotated_back(direction, *sides, self.precision)
+        update = _eigenbases.rotated_back(direction, *sides, self.precision, parts)
         left, right = (
-            observed(one, other, scalars["factor_b2"], self.precision)
+            observed(one, other, scalars["factor_b2"], self.precision, parts)
             for one, other in ((state.left, g), (state.right, g.T))
         )
         momentum = momentum.astype(state.momentum.dtype)
         variance = wide.astype(variance.dtype)
         return update, Moments(momentum, variance, left, right)
 
-    def first(self, state: Moments, scalars: _placement.Scalars) -> Moments:
+    def first(
+        self, state: Moments, scalars: _placement.Scalars, parts: Parts
+    ) -> Moments:
         """The eigenbases of the first gradient."""
         left, right = (
-            _eigenbases.started(side, scalars["max_failures"])
+            _eigenbases.started(side, scalars["max_failures"], parts)
             for side in (state.left, state.right)
         )
         return state._replace(left=left, right=right)
 
-    def refresh(self, state: Moments, scalars: _placement.Scalars) -> Moments:
+    def refresh(
+        self, state: Moments, scalars: _placement.Scalars, parts: Parts
+    ) -> Moments:
         """A power step of both bases; the moments go along."""
-        variance, sides = _variance(state), []
-        for axis, side in enumerate((state.left, state.right)):
-            moved, order = _eigenbases.followed(
-                side, scalars["max_failures"], sort=True
-            )
-            if order is not None:
-                variance = jnp.take(variance, order, axis=axis)
-            sides.append(moved)
-        left, right = sides
+        left, rows = _eigenbases.followed(
+            state.left, scalars["max_failures"], sort=True, parts=parts
+        )
+        right, columns = _eigenbases.followed(
+            state.right, scalars["max_failures"], sort=True, parts=parts
+        )
+        variance = _variance(state)
+        if rows is not None:
+            whole = parts.gather(variance, rows.shape[-1])
+            variance = parts.own(jnp.take(whole, rows, axis=0))
+        if columns is not None:
+            variance = jnp.take(variance, columns, axis=1)
         old, new = (state.left, state.right), (left, right)
-        momentum = _eigenbases.carried(state.momentum, old, new, self.precision)
+        momentum = _eigenbases.carried(state.momentum, old, new, self.precision, parts)
         return Moments(momentum, variance, left, right)
 
-    def after(self, x: Array, state: Any, scalars: _placement.Scalars) -> Array:
+    def after(
+        self, x: Array, state: Any, scalars: _placement.Scalars, parts: Parts
+    ) -> Array:
         """The update as it is: a refresh shows from the next one on."""
-        del state, scalars
+        del state, scalars, parts
         return x
+
+    def flops(self, m: int, n: int, parts: int = 1) -> int:
+        """Of statistics, and of the rotations there and back."""
+        return _preconditioner.update_flops(m, n, self._sides(m, n), 2, parts)
+
+    def traffic(self, m: int, n: int, parts: int, dtype: DTypeLike) -> Traffic:
+        """Bases, and the momentum between the rotations back."""
+        sides = self._sides(m, n)
+        return _preconditioner.update_traffic(m, n, sides, sides[0], parts, dtype)
+
+    def _sides(self, m: int, n: int) -> tuple[bool, bool]:
+        return m <= self.max_dim, n <= self.max_dim
 
     def refresh_cost(self, m: int, n: int) -> float:
         """See `_eigenbases.refresh_flops`."""
@@ -100,12 +123,12 @@ def _variance(state: Moments) -> Array:
 
 
 def observed(
-    side: Side | None, g: Array, decay: ArrayLike, precision: str
+    side: Side | None, g: Array, decay: ArrayLike, precision: str, parts: Parts
 ) -> Side | None:
     """A side whose average has G Gᵀ in it, with G from that side."""
     if side is None:
         return None
-    outer = jnp.matmul(g, g.T, precision=precision)
+    outer = jnp.matmul(parts.own(g), g.T, precision=precision)
     statistic = _eigenbases.average(side.statistic, outer, decay)
     return side._replace(statistic=statistic.astype(side.statistic.dtype))
 
@@ -185,8 +208,10 @@ def soap_precondition(
 
     Sharding:
       Any. Each matrix, with its state, belongs to one device, which gets its gradient
-      whole in one exchange for all of a shape and sends the update in another; see
-      docs/sharding.md. The first axis of the state depends on the number of devices.
+      whole in one exchange for all of a shape and sends the update in another. Matrices
+      that do not go round the devices are shared by several, each with its rows of the
+      state; see docs/preconditioners.md. The first axis of the state depends on the
+      number of devices.
 
     Precision:
       Squares of gradients are averaged: entries below 1e-19 or above 1e19 are lost.
