@@ -55,10 +55,14 @@ SLOW = {
 }
 
 
-def named(names, *rest):
+# On a mesh: test_stateful.py has these on many.
+SLOW_ON_A_MESH = SLOW | {"soap_precondition", "shampoo_precondition"}
+
+
+def named(names, *rest, slow=SLOW):
     """A parameter for each name, marked slow where it is."""
     return [
-        pytest.param(n, *rest, marks=[pytest.mark.slow] if n in SLOW else [])
+        pytest.param(n, *rest, marks=[pytest.mark.slow] if n in slow else [])
         for n in names
     ]
 
@@ -304,7 +308,7 @@ def test_state_survives_a_checkpoint(name, tmp_path):
 @pytest.mark.parametrize(
     "name, kind",
     [
-        *named(SUBJECTS, AxisType.Explicit),
+        *named(SUBJECTS, AxisType.Explicit, slow=SLOW_ON_A_MESH),
         # There the types say nothing, and leaves are taken for replicated.
         *named(OPTIMIZERS, AxisType.Auto),
     ],
