@@ -276,7 +276,7 @@ def check_refreshes(state: Any) -> dict[str, Health]:
     if stuck:
         raise RuntimeError(
             "Roots or bases could not be refreshed `max_failures` times in a row; the "
-            f"last good ones are in use. Stacks and matrices of them: {stuck}. Look "
+            f"last good ones are in use. Stacks and their entries: {stuck}. Look "
             "for non-finite or vanishing gradients, or raise `damping`."
         )
     return found

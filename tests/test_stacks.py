@@ -104,6 +104,13 @@ def test_parts_are_the_fewest_bytes_for_an_even_split(count, devices, parts):
     assert rules.parts(count, devices, even, 0.0) == parts
 
 
+def test_parts_are_no_more_than_fit():
+    # Three in eight parts each are three parts for a device, in four parts two.
+    assert rules.parts(3, 8, even, 0.0, most=3) == 8
+    assert rules.parts(3, 8, even, 0.0, most=2) == 2
+    assert rules.parts(3, 8, even, 0.0, most=0) == 2
+
+
 def test_parts_that_cannot_be_even_are_the_best_there_are():
     def repeated(parts):
         return 6_000 + 2_000 // parts, 100 * (parts - 1)

@@ -5,7 +5,7 @@ from optax_matrix._linalg.coefficients import (
     CoefficientTable,
     resolve,
 )
-from optax_matrix._linalg.eigenbases import eigenbasis, power_step
+from optax_matrix._linalg.eigenbases import eigenbasis, power_product, q_factor
 from optax_matrix._linalg.exact import exact_polar
 from optax_matrix._linalg.halley import halley, halley_flops, halley_weights
 from optax_matrix._linalg.newton_schulz import (
@@ -32,8 +32,10 @@ from optax_matrix._linalg.polar import (
     as_method,
 )
 from optax_matrix._linalg.roots import (
+    Eigen,
     Root,
     RootMethod,
+    decomposed,
     inverse_root_by_newton,
     power_by_eigh,
 )
@@ -42,6 +44,7 @@ __all__ = [
     "TABLES",
     "WHOLE",
     "CoefficientTable",
+    "Eigen",
     "Exact",
     "Halley",
     "NewtonSchulz",
@@ -54,6 +57,7 @@ __all__ = [
     "as_method",
     "at_least_float32",
     "block_gain",
+    "decomposed",
     "eigenbasis",
     "exact_polar",
     "gram_factor",
@@ -65,7 +69,8 @@ __all__ = [
     "newton_schulz",
     "newton_schulz_flops",
     "power_by_eigh",
-    "power_step",
+    "power_product",
+    "q_factor",
     "resolve",
     "restart_points",
     "traffic",

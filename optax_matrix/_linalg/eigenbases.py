@@ -21,12 +21,12 @@ def eigenbasis(a: Array) -> Array:
     return jnp.where(_finite(a), q, jnp.nan)
 
 
-def power_step(
+def power_product(
     a: Array, q: Array, sort: bool = True, parts: Parts = WHOLE
 ) -> tuple[Array, Array]:
-    """Moves a basis towards the eigenvectors by one step of orthogonal iteration.
+    """Multiplies a basis by A: a step of orthogonal iteration, but for `q_factor`.
 
-    The Q factor of A Q, its columns ordered before by their Rayleigh quotients qᵀAq.
+    A Q, its columns ordered by the Rayleigh quotients qᵀAq that they had before.
 
     Args:
       a: (..., m, m), symmetric.
@@ -35,8 +35,7 @@ def power_step(
       parts: Among whom the product is shared; all have A and Q, and get the result.
 
     Returns:
-      The new basis, NaN where `a` is not finite, and the (..., m) positions that its
-      columns had in `q`.
+      The product, and the (..., m) positions that its columns had in `q`.
     """
     product = jnp.matmul(parts.own(a), q, precision="highest")
     product = parts.gather(product, a.shape[-1])
@@ -44,7 +43,12 @@ def power_step(
     if sort:
         order = jnp.argsort(-jnp.sum(q * product, axis=-2), axis=-1)
         product = jnp.take_along_axis(product, order[..., None, :], axis=-1)
-    return jnp.where(_finite(a), jnp.linalg.qr(product)[0], jnp.nan), order
+    return product, order
+
+
+def q_factor(x: Array) -> Array:
+    """Returns the Q factor of (..., m, m); NaN where `x` is not finite."""
+    return jnp.where(_finite(x), jnp.linalg.qr(x)[0], jnp.nan)
 
 
 def _finite(a: Array) -> Array:

@@ -19,14 +19,17 @@ _MATRIX = (-2, -1)
 
 @dataclass(frozen=True)
 class Parts:
-    """How matrices that are cut across their last axis are worked on by all parts.
+    """How the parts of a matrix, on a device each, are worked on together.
+
+    To orthogonalize it is cut across its last axis, the longer one; a preconditioner
+    has all of it in every part.
 
     Attributes:
       count: Number of parts of a matrix.
       sum: Adds up what the parts found, such as a Gram matrix.
       max: Takes the largest of what the parts found.
-      own: The rows, of a small matrix that all parts have, that this part works on:
-        (..., m, k) to (..., ⌈m/count⌉, k), the last part's filled up with zeros.
+      own: The rows, of what all parts have, that this part works on: (..., m, k) to
+        (..., ⌈m/count⌉, k), the last ones filled up with zeros.
       gather: Its inverse, given m: what the parts made of their rows, for all of them.
     """
 
@@ -44,8 +47,8 @@ class Traffic(NamedTuple):
     """What the parts of one matrix tell one another.
 
     Attributes:
-      sums: How many small matrices are added up, one after another.
-      gathers: How many small matrices are put together from their rows.
+      sums: How many matrices are added up, one after another.
+      gathers: How many are put together from their rows.
       bytes: What one part receives in all of these, sums running around a ring.
     """
 
@@ -205,7 +208,7 @@ def unit_peak(x: Array, parts: Parts = WHOLE) -> Array:
     x = x.astype(at_least_float32(x.dtype))
     # Nothing depends on this scale, as the next one cancels it: no gradient through it.
     peak = jnp.max(jnp.abs(x), axis=_MATRIX, keepdims=True)
-    peak = jax.lax.stop_gradient(parts.max(peak))
+    peak = parts.max(jax.lax.stop_gradient(peak))
     zero = peak < jnp.finfo(x.dtype).tiny
     # In two halves: XLA may multiply by a reciprocal, and that of 1e38 is flushed to 0.
     root = jnp.sqrt(jnp.where(zero, 1.0, peak))

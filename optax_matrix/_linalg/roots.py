@@ -32,8 +32,20 @@ class Root(NamedTuple):
     residual: Array
 
 
+class Eigen(NamedTuple):
+    """Eigenvalues, ascending, (..., m), and their eigenvectors, columns (..., m, m)."""
+
+    values: Array
+    vectors: Array
+
+
+def decomposed(a: Array) -> Eigen:
+    """Returns the eigendecomposition of (..., m, m), symmetric."""
+    return Eigen(*jnp.linalg.eigh(_symmetric(a), symmetrize_input=False))
+
+
 def power_by_eigh(
-    a: Array, exponent: float, damping: ArrayLike, parts: Parts = WHOLE
+    a: Array, eigen: Eigen, exponent: float, damping: ArrayLike, parts: Parts = WHOLE
 ) -> Root:
     r"""Returns a power of damped matrices by their eigendecomposition.
 
@@ -43,17 +55,16 @@ def power_by_eigh(
 
     Args:
       a: (..., m, m), symmetric positive semidefinite, float32 or float64.
+      eigen: `decomposed` of it.
       exponent: p, any number.
       damping: ε, relative to the largest eigenvalue.
-      parts: Among whom the products are shared, but not the decomposition; all have A,
-        and get the result.
+      parts: Among whom the products are shared; all have A, and get the result.
 
     Returns:
       The power, and max |A Q - Q diag(w)| relative to the largest eigenvalue. A zero
       matrix gives zero, whatever p.
     """
-    a = (a + numerics.transpose(a)) / 2
-    w, q = jnp.linalg.eigh(a, symmetrize_input=False)
+    a, (w, q) = _symmetric(a), eigen
     top = jnp.maximum(w[..., -1:], 0)
     lifted = jnp.maximum(w, 0) + jnp.asarray(damping, a.dtype) * top
     zero = lifted == 0
@@ -66,6 +77,10 @@ def power_by_eigh(
         rows * powers[..., None, :], numerics.transpose(q), precision="highest"
     )
     return Root(parts.gather(value, a.shape[-1]), residual)
+
+
+def _symmetric(a: Array) -> Array:
+    return (a + numerics.transpose(a)) / 2
 
 
 def inverse_root_by_newton(a: Array, p: int, damping: ArrayLike) -> Root:
@@ -94,7 +109,7 @@ def inverse_root_by_newton(a: Array, p: int, damping: ArrayLike) -> Root:
       <https://doi.org/10.1137/050624790>`_; Anil et al., 2020, `arXiv:2002.09018
       <https://arxiv.org/abs/2002.09018>`_.
     """
-    a = (a + numerics.transpose(a)) / 2
+    a = _symmetric(a)
     eye = numerics.eye_like(a)
     # Scaled to about 1 first: squares of the entries must neither over- nor underflow.
     peak = jnp.max(jnp.abs(a), axis=(-2, -1), keepdims=True)

@@ -63,15 +63,15 @@ class Placement:
       flops_per_byte: What receiving a byte is worth, in FLOPs of one device: its speed
         over that of its links, for an H100 with 400 TFLOP/s about 900 within a host
         (450 GB/s) and 8,000 between hosts (50 GB/s). Where matrices do not go round the
-        devices, those left over are cut in parts that keep summing and gathering small
-        matrices, if that is worth it. 0, the default, is for FLOPs alone: then each
-        device has at most 1.1 times an even split, wherever that can be.
+        devices, those left over are cut in parts, which tell one another what they
+        found, if that is worth it. 0, the default, is for FLOPs alone: then no device
+        has more than 1.1 times an even split of the products, wherever that can be.
 
     Raises:
       TypeError: At construction, if `sharding` has leaves without a named sharding, or
         `stack_size` is not an int or `flops_per_byte` not a number.
-      ValueError: At construction, if `stack_size` is below 1 or `flops_per_byte`
-        negative.
+      ValueError: At construction, if `stack_size` is below 1, or `flops_per_byte`
+        negative or not finite.
 
     Example:
       >>> import jax

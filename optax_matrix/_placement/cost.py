@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 
 from optax_matrix import _linalg, _table
-from optax_matrix._placement.plan import Group, Plan
+from optax_matrix._placement.plan import Group, Plan, slot_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,8 @@ def group_cost(plan: Plan, group: Group, method: _linalg.PartwiseMethod) -> Grou
             flops += slots * sum(method.flops(m, n) for m, n in blocks)
             per_device = slots * len(blocks)
             continue
-        m, n = lots[0].batches[0].kind.split(parts)
+        splits = [lot.batches[0].kind.split(parts) for lot in lots]
+        m, n = max(splits, key=lambda split: split[1])
         traffic = method.traffic(m, n, parts, one.dtype)
         rounds = -(-slots // group.stack_size)
         flops += slots * method.flops(m, n, parts)
@@ -107,10 +108,7 @@ def _bytes(group: Group) -> tuple[int, float]:
     for lot in group.lots:
         itemsize = jnp.dtype(lot.batches[0].kind.dtype).itemsize
         # Every slot is sent, also those that are empty at the end of a lot.
-        sent = lot.slots(w) * (w - 1) * itemsize
-        if lot.pieces > 1:
-            received += sent * -(-lot.piece // (w // lot.pieces))
-        received += sent * lot.piece
+        received += lot.slots(w) * slot_bytes(lot.batches[0].unit, w)
         # In: what its matrices have elsewhere. Out: its piece of all but its own.
         count = lot.stop - lot.start
         inward = count / w * lot.piece * (lot.pieces - 1)

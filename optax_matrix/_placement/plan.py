@@ -30,6 +30,7 @@ class Kind:
       inputs: How many of the axes are inputs.
       input_widths: The blocks to cut the whole input side into, one if it is one.
       output_widths: The same for the output side.
+      cut: The axis that parts are cut across.
       dtype: Name of the type.
     """
 
@@ -39,6 +40,7 @@ class Kind:
     inputs: int
     input_widths: tuple[int, ...]
     output_widths: tuple[int, ...]
+    cut: int
     dtype: str
 
     @property
@@ -64,24 +66,17 @@ class Kind:
 
     @property
     def tall(self) -> bool:
-        """Whether it is turned to be wide, and cut across its inputs.
-
-        A square one is if a device holds more of its inputs than of its outputs.
-        """
-        (m, n), inputs = self.shape, self.inputs
-        if m != n:
-            return m > n
-        return max(self.sizes[:inputs]) > max(self.sizes[inputs:])
+        """Whether it is turned to be wide, and cut across its inputs."""
+        m, n = self.shape
+        return m > n
 
     def in_parts(self, parts: int) -> tuple["Kind", int]:
-        """One part of a matrix cut across its longer side, and the axis that is cut.
+        """One part of a matrix, and the axis that is cut.
 
         The cut is across what each device holds, so that every device has a share of
         every part; the axis is padded to a multiple of `parts`.
         """
-        inputs = range(self.inputs)
-        side = inputs if self.tall else range(self.inputs, len(self.sizes))
-        axis = max(side, key=lambda i: self.sizes[i])
+        axis = self.cut
         size = -(-self.sizes[axis] // parts)
         sizes = (*self.sizes[:axis], size, *self.sizes[axis + 1 :])
         part = dataclasses.replace(self, sizes=sizes)
@@ -209,16 +204,10 @@ class Group:
         return any(lot.pieces > 1 for lot in self.lots)
 
     def pools(self) -> list[list[int]]:
-        """Positions of the lots that can be worked on together, as they are in parts.
-
-        Parts of one shape need not be alike, if an axis is padded to be cut; but where
-        matrices are not turned, parts are put together to be worked on.
-        """
-        found: dict[tuple[int, ...], list[int]] = {}
+        """Positions of the lots that are worked on together: with as many parts."""
+        found: dict[int, list[int]] = {}
         for i, lot in enumerate(self.lots):
-            alike = not self.turned or lot.parts == 1
-            padded = () if alike else lot.batches[0].kind.split(lot.parts)
-            found.setdefault((lot.parts, *padded), []).append(i)
+            found.setdefault(lot.parts, []).append(i)
         return list(found.values())
 
     def table(self, lots: Sequence[Lot]) -> np.ndarray | None:
@@ -306,7 +295,7 @@ def make_plan(
     mesh = leaves[0].sharding.mesh if leaves[0].sharding else None
     locals_, kinds, specs = [], [], []
     for leaf in leaves:
-        view, found = _local(leaf)
+        view, found = _local(leaf, turns)
         locals_.append(view)
         kinds.append(found)
         specs.append(leaf.sharding.spec if leaf.sharding else jax.P())
@@ -319,7 +308,7 @@ def make_plan(
     return Plan(mesh, tuple(specs), tuple(locals_), tuple(groups))
 
 
-def _local(leaf: Leaf) -> tuple[MatrixView, tuple[Kind, ...]]:
+def _local(leaf: Leaf, turns: bool) -> tuple[MatrixView, tuple[Kind, ...]]:
     """How one device sees a leaf, and the kinds of the stacks it cuts it into.
 
     A side that is both split and sharded is not cut: its blocks end between shards.
@@ -356,17 +345,23 @@ def _local(leaf: Leaf) -> tuple[MatrixView, tuple[Kind, ...]]:
         ins = [shape[a] for a in view.inputs] if own_in else [m]
         outs = [shape[a] for a in view.outputs] if own_out else [n]
         axes = (*view.inputs, *view.outputs)
-        kinds.append(
-            Kind(
-                sizes=(*ins, *outs),
-                over=tuple(over[a] for a in axes),
-                shards=tuple(shards[a] for a in axes),
-                inputs=len(ins),
-                input_widths=own_in or (m,),
-                output_widths=own_out or (n,),
-                dtype=dtype,
-            )
+        kind = Kind(
+            sizes=(*ins, *outs),
+            over=tuple(over[a] for a in axes),
+            shards=tuple(shards[a] for a in axes),
+            inputs=len(ins),
+            input_widths=own_in or (m,),
+            output_widths=own_out or (n,),
+            cut=0,
+            dtype=dtype,
         )
+        # A turned matrix has its parts side by side; of others they are put together
+        # again, so that it may be cut wherever a device holds most.
+        side = range(len(kind.sizes))
+        if turns:
+            side = side[: kind.inputs] if kind.tall else side[kind.inputs :]
+        cut = max(side, key=kind.sizes.__getitem__)
+        kinds.append(dataclasses.replace(kind, cut=cut))
     return local, tuple(kinds)
 
 
@@ -437,8 +432,10 @@ def _rounds(
     split = 1
     kinds = tuple(dict.fromkeys(kind for kind, _ in sources))
     if method is not None and kinds[0].blocks == 1:
-        cost = functools.partial(_part_cost, method, kinds, key.turned)
-        split = rules.parts(count, w, cost, strategy.flops_per_byte)
+        cost = functools.partial(_part_cost, method, kinds, key.turned, w)
+        # What is put together again takes the memory of whole matrices.
+        most = None if key.turned else held
+        split = rules.parts(count, w, cost, strategy.flops_per_byte, most)
     if split == 1:
         whole = count
     edges = sorted({*range(held * w, whole, held * w), whole, count} - {0})
@@ -454,14 +451,26 @@ def _rounds(
 
 
 def _part_cost(
-    method: Shared, kinds: Sequence[Kind], turned: bool, parts: int
+    method: Shared, kinds: Sequence[Kind], turned: bool, devices: int, parts: int
 ) -> tuple[int, int]:
-    """FLOPs of a part, and the bytes it receives, of that kind where both are most."""
-    # Parts that are put together again have no padding.
-    sides = [kind.split(parts) if turned else kind.shape for kind in kinds]
-    flops = max(method.flops(m, n, parts) for m, n in sides)
-    (m, n), dtype = sides[0], kinds[0].dtype
-    return flops, method.traffic(m, n, parts, dtype).bytes if parts > 1 else 0
+    """The most FLOPs of a part of any kind, and the most bytes its device receives."""
+    flops, moved = [], []
+    for kind in kinds:
+        # Parts that are put together again have no padding.
+        m, n = kind.split(parts) if turned else kind.shape
+        flops.append(method.flops(m, n, parts))
+        unit = kind.in_parts(parts)[0] if parts > 1 else kind
+        told = method.traffic(m, n, parts, kind.dtype).bytes if parts > 1 else 0
+        moved.append(told + slot_bytes(unit, devices))
+    return max(flops), max(moved)
+
+
+def slot_bytes(unit: Kind, devices: int) -> int:
+    """What a device receives in the exchanges for one of its matrices, or parts."""
+    piece, itemsize = math.prod(unit.sizes), jnp.dtype(unit.dtype).itemsize
+    # In, a share from each of the others, unless it is there; out, a piece of theirs.
+    share = -(-piece // (devices // unit.pieces)) if unit.pieces > 1 else 0
+    return (devices - 1) * (share + piece) * itemsize
 
 
 def _cut(

@@ -43,19 +43,21 @@ def parts(
     devices: int,
     cost: Callable[[int], tuple[int, int]],
     flops_per_byte: float,
+    most: int | None = None,
 ) -> int:
     """In how many parts to cut the matrices that are left when all devices have some.
 
-    If the busiest device then has at most a tenth more than an even split, those that
-    take the fewest bytes, and if that cannot be, those with the least cost: FLOPs and
-    `flops_per_byte` times bytes.
+    With bytes for nothing, those that move the fewest of all that leave the busiest
+    device with at most a tenth more FLOPs than an even split, or with the least that
+    there are. Else those with the least FLOPs and bytes together.
 
     Args:
       count: Number of matrices.
       devices: Number of devices.
-      cost: FLOPs of one of so many parts of a matrix, and bytes that it receives from
-        the others.
+      cost: FLOPs of one of so many parts of a matrix, and bytes that its device
+        receives, in exchanges and from the other parts.
       flops_per_byte: See `Strategy`.
+      most: How many parts a device may have; None for any number.
 
     Returns:
       A divisor of `devices`; 1 leaves matrices whole.
@@ -63,14 +65,20 @@ def parts(
     rounds, rest = divmod(count, devices)
     if not rest:
         return 1
-    whole, _ = cost(1)
+    whole, moved_whole = cost(1)
 
-    def total(parts: int) -> tuple[float, int]:
+    def total(parts: int, slots: int) -> tuple[int, int]:
         flops, moved = cost(parts)
-        slots = -(-rest * parts // devices)
-        moved *= slots
-        return rounds * whole + slots * flops + flops_per_byte * moved, moved
+        return rounds * whole + slots * flops, rounds * moved_whole + slots * moved
 
-    found = {p: total(p) for p in range(1, devices + 1) if devices % p == 0}
-    limit = max(UNEVEN * count * whole / devices, min(c for c, _ in found.values()))
-    return min((moved, p) for p, (cost_, moved) in found.items() if cost_ <= limit)[1]
+    slots = {p: -(-rest * p // devices) for p in range(1, devices + 1)}
+    found = {
+        p: total(p, n)
+        for p, n in slots.items()
+        if devices % p == 0 and (most is None or n <= max(most, 1))
+    }
+    if flops_per_byte:
+        return min(found, key=lambda p: found[p][0] + flops_per_byte * found[p][1])
+    least = min(flops for flops, _ in found.values())
+    limit = max(UNEVEN * count * whole / devices, least)
+    return min((moved, p) for p, (flops, moved) in found.items() if flops <= limit)[1]

@@ -25,13 +25,14 @@ Scalars = Mapping[str, Array]
 class MatrixRule(Shared, Protocol):
     """What happens to one matrix, (m, n), and the state it has; hashable.
 
-    An update is `before`, then `refresh` of those whose turn it is, then `after`.
-    Numbers that may be traced come in `scalars`, among them ``count``, how many updates
-    came before.
+    An update is `before`, then for those whose turn it is `prepare`, `factor` and
+    `finish`, then `after`. Numbers that may be traced come in `scalars`, among them
+    ``count``, how many updates came before.
 
     Devices that share a matrix all have its gradient, and of every array of its state
     the rows that are theirs, `parts.own`; so `before` and `after` return rows, and what
-    is needed whole of the state is gathered. On one device all is whole.
+    is needed whole of the state is gathered. What cannot be shared is in `factor`,
+    which one of them does. On one device all is whole.
     """
 
     def init(self, m: int, n: int, dtype: DTypeLike) -> Any:
@@ -44,18 +45,35 @@ class MatrixRule(Shared, Protocol):
         """Returns what `after` takes, and the new state."""
         ...
 
-    def refresh(self, state: Any, scalars: Scalars, parts: _linalg.Parts) -> Any:
-        """Returns the state with what is dear to compute brought up to date."""
+    def prepare(
+        self, state: Any, scalars: Scalars, first: bool, parts: _linalg.Parts
+    ) -> Any:
+        """Returns what the factorizations of a refresh, the first or a later one, take.
+
+        Arrays, all of each.
+        """
+        ...
+
+    def factor(self, given: Any, scalars: Scalars, first: bool) -> Any:
+        """Returns the factorizations, arrays."""
+        ...
+
+    def finish(
+        self,
+        state: Any,
+        given: Any,
+        found: Any,
+        scalars: Scalars,
+        first: bool,
+        parts: _linalg.Parts,
+    ) -> Any:
+        """Returns the refreshed state, from what `prepare` and `factor` returned."""
         ...
 
     def after(
         self, x: Array, state: Any, scalars: Scalars, parts: _linalg.Parts
     ) -> Array:
         """Returns the update, in any dtype."""
-        ...
-
-    def first(self, state: Any, scalars: Scalars, parts: _linalg.Parts) -> Any:
-        """Returns the state at the first refresh."""
         ...
 
     def refresh_cost(self, m: int, n: int) -> float:
@@ -126,9 +144,10 @@ def check_states(plan: Plan, states: Mapping[str, Any]) -> None:
     found = {name: len(jax.tree.leaves(state)[0]) for name, state in states.items()}
     if found != expected:
         raise ValueError(
-            f"The state has stacks of {found} matrices, the updates need {expected}. "
+            f"The state has stacks of {found} entries, the updates need {expected}. "
             "Updates must have the shapes and shardings that the parameters had at "
-            "`init`, and as many devices; on a mesh with auto axes pass `placement`."
+            "`init`, as many devices, and the same settings of `placement`, which on a "
+            "mesh with auto axes must be passed. (`.inP`: each matrix is in P parts.)"
         )
 
 
@@ -194,19 +213,17 @@ def _step(
     def each(fn, *trees):
         return over_units(lambda *xs: fn(*xs, scalars, parts), trees, at_once)
 
-    def all_of(fn, state):
-        # Factorizations take long to compile and gain nothing side by side.
-        return over_units(lambda s: fn(s, scalars, parts), [state], at_once, unrolled=1)
+    refreshed = partial(_refreshed, rule, parts, at_once, scalars)
 
     def first(state: Any) -> Any:
-        return all_of(rule.first, state)
+        return refreshed(True, state)
 
     def due(state: Any) -> Any:
         if not cadence.staggered:
-            return all_of(rule.refresh, state)
+            return refreshed(False, state)
         mine = jnp.asarray(turns)[since % cadence.every]
         some = jax.tree.map(lambda s: jnp.take(s, mine, axis=0, mode="clip"), state)
-        done = all_of(rule.refresh, some)
+        done = refreshed(False, some)
         return jax.tree.map(lambda s, d: s.at[mine].set(d, mode="drop"), state, done)
 
     y, state = each(rule.before, x, state)
@@ -215,6 +232,52 @@ def _step(
     state = lax.switch(case, [lambda state: state, due, first], state)
     rows = each(rule.after, y, state).astype(x.dtype)
     return parts.gather(rows, stack.m), state
+
+
+def _refreshed(
+    rule: MatrixRule,
+    parts: _linalg.Parts,
+    at_once: int,
+    scalars: Scalars,
+    first: bool,
+    state: Any,
+) -> Any:
+    """The state of some matrices, refreshed."""
+
+    def each(fn, *trees):
+        # Factorizations take long to compile and gain nothing side by side.
+        return over_units(fn, trees, at_once, unrolled=1)
+
+    def prepare(one: Any) -> Any:
+        return rule.prepare(one, scalars, first, parts)
+
+    def factor(given: Any) -> Any:
+        return rule.factor(given, scalars, first)
+
+    def finish(one: Any, given: Any, found: Any) -> Any:
+        return rule.finish(one, given, found, scalars, first, parts)
+
+    def alone(one: Any) -> Any:
+        given = prepare(one)
+        return finish(one, given, factor(given))
+
+    if parts.count == 1:
+        return each(alone, state)
+    # Of the matrices that they share each device factorizes some.
+    given = each(prepare, state)
+    count = len(jax.tree.leaves(given)[0])
+
+    def flat(x: Array) -> Array:
+        return jnp.reshape(x, (x.shape[0], -1))
+
+    mine = jax.tree.map(
+        lambda x: jnp.reshape(parts.own(flat(x)), (-1, *x.shape[1:])), given
+    )
+    found = jax.tree.map(
+        lambda x: jnp.reshape(parts.gather(flat(x), count), (-1, *x.shape[1:])),
+        each(factor, mine),
+    )
+    return each(finish, state, given, found)
 
 
 def _rows(parts: _linalg.Parts, x: Array) -> Array:

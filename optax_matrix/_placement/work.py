@@ -119,16 +119,22 @@ def _on_group(
     with jax.named_scope("exchange"):
         placed = exchange.bring(group, units)
     for where in group.pools():
-        lots = [group.lots[i] for i in where]
-        slots, unit = [placed[i] for i in where], lots[0].batches[0].unit
-        apart = joined and lots[0].parts > 1
-        if apart:
-            pairs = zip(lots, slots, strict=True)
-            slots = [_joined(group, lot.batches[0], x) for lot, x in pairs]
+        lots, slots = [group.lots[i] for i in where], [placed[i] for i in where]
+        unit, cut = lots[0].batches[0].unit, lots[0].parts > 1
+        if cut and joined:
             unit = lots[0].batches[0].kind
+            slots = [
+                _joined(group, lot.batches[0], x)
+                for lot, x in zip(lots, slots, strict=True)
+            ]
+        elif cut:
+            slots = _widened(slots)
         done = _pooled(group, lots, unit, slots, work)
         for i, lot, result in zip(where, lots, done, strict=True):
-            placed[i] = _own(group, lot.batches[0], result) if apart else result
+            if cut and joined:
+                placed[i] = _cut_again(group, lot.batches[0], result)
+            else:
+                placed[i] = result[..., : placed[i].shape[-1]]
     with jax.named_scope("exchange"):
         taken_back = exchange.take_back(group, placed)
     results = []
@@ -215,6 +221,12 @@ def _neighbours(group: Group, parts: int) -> list[list[int]]:
     return [list(range(i, i + parts)) for i in range(0, group.devices, parts)]
 
 
+def _widened(slots: Sequence[Array]) -> list[Array]:
+    """With zero columns where the parts of one kind are padded less than another's."""
+    most = max(x.shape[-1] for x in slots)
+    return [jnp.pad(x, [(0, 0), (0, 0), (0, most - x.shape[-1])]) for x in slots]
+
+
 def _in_parts(units: Array, batch: Batch) -> Array:
     """Every matrix's parts after one another, cut across what this device holds."""
     if batch.parts == 1:
@@ -259,8 +271,8 @@ def _joined(group: Group, batch: Batch, x: Array) -> Array:
     return jnp.reshape(merged, (slots, *kind.shape))
 
 
-def _own(group: Group, batch: Batch, x: Array) -> Array:
-    """The inverse of `_joined`, of results that all who share a matrix have."""
+def _cut_again(group: Group, batch: Batch, x: Array) -> Array:
+    """The inverse of `_joined`: this device's part of what all have who share it."""
     kind, parts = batch.kind, batch.parts
     part, axis = kind.in_parts(parts)
     before, after = part.whole[:axis], part.whole[axis + 1 :]

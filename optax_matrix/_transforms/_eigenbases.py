@@ -77,35 +77,82 @@ def _basis(side: Side, like: Array, parts: Parts) -> Array:
     return parts.gather(side.basis, side.basis.shape[-1]).astype(like.dtype)
 
 
-def started(
-    side: Side | None, max_failures: ArrayLike, parts: Parts = WHOLE
-) -> Side | None:
-    """With the eigenvectors of its statistic as its basis."""
+class Prepared(NamedTuple):
+    """What a new basis of a side is made of, all of it."""
+
+    matrix: Array  # to be factorized
+    old: Array  # the basis so far
+    order: Array  # where the columns of the new one were in it
+
+
+Sides = tuple[Prepared | None, Prepared | None]
+
+
+def prepared(
+    side: Side | None, first: bool, sort: bool, parts: Parts
+) -> Prepared | None:
+    """Of a first basis, or of one that is moved by a power step."""
     if side is None:
         return None
-    found = _linalg.eigenbasis(_whole(side.statistic, parts))
+    statistic, old = _whole(side.statistic, parts), _whole(side.basis, parts)
+    if first:
+        # Nothing can be kept yet.
+        eye = jnp.eye(old.shape[-1], dtype=old.dtype)
+        return Prepared(statistic, eye, jnp.arange(old.shape[-1]))
+    product, order = _linalg.power_product(statistic, old, sort, parts)
+    return Prepared(product, old, order)
+
+
+def factored(given: Prepared | None, first: bool) -> Array | None:
+    """The new basis: eigenvectors at first, and then the Q factor."""
+    if given is None:
+        return None
+    return (_linalg.eigenbasis if first else _linalg.q_factor)(given.matrix)
+
+
+def renewed(
+    side: Side | None,
+    given: Prepared | None,
+    found: Array | None,
+    max_failures: ArrayLike,
+    parts: Parts,
+) -> tuple[Side | None, Array | None]:
+    """With its new basis if that is finite, and where its columns were before."""
+    if side is None or given is None or found is None:
+        return None, None
     good = jnp.all(jnp.isfinite(found))
-    # Nothing can be kept yet.
-    basis = jnp.where(good, found, jnp.eye(found.shape[-1], dtype=found.dtype))
-    return side._replace(
-        basis=parts.own(basis).astype(side.basis.dtype),
-        health=_preconditioner.after_refresh(side.health, good, max_failures),
+    basis = parts.own(jnp.where(good, found, given.old)).astype(side.basis.dtype)
+    health = _preconditioner.after_refresh(side.health, good, max_failures)
+    order = jnp.where(good, given.order, jnp.arange(given.order.shape[-1]))
+    return side._replace(basis=basis, health=health), order
+
+
+def both_prepared(state: Moments, first: bool, sort: bool, parts: Parts) -> Sides:
+    """`prepared` of both sides."""
+    return (
+        prepared(state.left, first, sort, parts),
+        prepared(state.right, first, sort, parts),
     )
 
 
-def followed(
-    side: Side | None, max_failures: ArrayLike, sort: bool, parts: Parts = WHOLE
-) -> tuple[Side | None, Array | None]:
-    """With its basis moved by a power step, and where its columns were before."""
-    if side is None:
-        return None, None
-    statistic, old = _whole(side.statistic, parts), _whole(side.basis, parts)
-    found, order = _linalg.power_step(statistic, old, sort, parts)
-    good = jnp.all(jnp.isfinite(found))
-    basis = parts.own(jnp.where(good, found, old)).astype(side.basis.dtype)
-    health = _preconditioner.after_refresh(side.health, good, max_failures)
-    order = jnp.where(good, order, jnp.arange(order.shape[-1]))
-    return side._replace(basis=basis, health=health), order
+def both_factored(given: Sides, first: bool) -> tuple[Array | None, Array | None]:
+    """`factored` of both sides."""
+    left, right = given
+    return factored(left, first), factored(right, first)
+
+
+def both_renewed(
+    state: Moments,
+    given: Sides,
+    found: tuple[Array | None, Array | None],
+    max_failures: ArrayLike,
+    parts: Parts,
+) -> tuple[tuple[Side | None, Array | None], tuple[Side | None, Array | None]]:
+    """`renewed` of both sides."""
+    return (
+        renewed(state.left, given[0], found[0], max_failures, parts),
+        renewed(state.right, given[1], found[1], max_failures, parts),
+    )
 
 
 def carried(

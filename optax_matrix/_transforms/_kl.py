@@ -1,6 +1,7 @@
 """Statistics that minimize a Kullback-Leibler divergence: KL-SOAP and KL-Shampoo."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -10,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_matrix import _check, _layout, _placement
 from optax_matrix._linalg import Parts, Traffic
 from optax_matrix._transforms import _eigenbases, _numerics, _preconditioner
-from optax_matrix._transforms._eigenbases import Moments, Side
+from optax_matrix._transforms._eigenbases import Moments, Side, Sides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,9 @@ class KLRule:
         # What is not said to be whole is this part's rows.
         across = _eigenbases.rotated_right(parts.own(g), right, self.precision, parts)
         whole = parts.gather(across, m)
-        inside = _eigenbases.rotated_left(whole, left, self.precision, parts)
+        inside = across
+        if left is not None:
+            inside = _eigenbases.rotated_left(whole, left, self.precision, parts)
         # The moments do not see the first gradient, and so the first update is zero;
         # a product, so that it is NaN if the gradient is.
         inside = inside * (scalars["count"] > 0).astype(g.dtype)
@@ -102,34 +105,34 @@ class KLRule:
             scale=jnp.minimum(scale, limit)[:, 0],
         )
 
-    def first(
-        self, state: Moments, scalars: _placement.Scalars, parts: Parts
-    ) -> Moments:
-        """The eigenbases of the first gradient, all eigenvalues taken for alike."""
-        left, right = (
-            self._started(side, scalars, parts) for side in (state.left, state.right)
-        )
-        return state._replace(left=left, right=right)
+    def prepare(
+        self, state: Moments, scalars: _placement.Scalars, first: bool, parts: Parts
+    ) -> Sides:
+        """The statistics at first, and then these times the bases, unsorted."""
+        del scalars
+        return _eigenbases.both_prepared(state, first, sort=False, parts=parts)
 
-    def _started(
-        self, side: Side | None, scalars: _placement.Scalars, parts: Parts
-    ) -> Side | None:
-        side = _eigenbases.started(side, scalars["max_failures"], parts)
-        if side is None or side.scale is None:
-            return None
-        return side._replace(
-            scale=jnp.full_like(side.scale, scalars["initial"] ** -0.5)
-        )
+    def factor(self, given: Sides, scalars: _placement.Scalars, first: bool) -> Any:
+        """The new bases."""
+        del scalars
+        return _eigenbases.both_factored(given, first)
 
-    def refresh(
-        self, state: Moments, scalars: _placement.Scalars, parts: Parts
+    def finish(
+        self,
+        state: Moments,
+        given: Sides,
+        found: Any,
+        scalars: _placement.Scalars,
+        first: bool,
+        parts: Parts,
     ) -> Moments:
-        """A power step of both bases, unsorted; the momentum goes along."""
-        failures = scalars["max_failures"]
-        left, right = (
-            _eigenbases.followed(side, failures, sort=False, parts=parts)[0]
-            for side in (state.left, state.right)
+        """The bases, and the momentum in them; at first all eigenvalues are alike."""
+        (left, _), (right, _) = _eigenbases.both_renewed(
+            state, given, found, scalars["max_failures"], parts
         )
+        if first:
+            alike = scalars["initial"] ** -0.5
+            return state._replace(left=_level(left, alike), right=_level(right, alike))
         old, new = (state.left, state.right), (left, right)
         momentum = _eigenbases.carried(state.momentum, old, new, self.precision, parts)
         return Moments(momentum, state.variance, left, right)
@@ -150,12 +153,20 @@ class KLRule:
     def traffic(self, m: int, n: int, parts: int, dtype: DTypeLike) -> Traffic:
         """Bases, the momentum between the rotations back, and what is of one side."""
         sides = m <= self.max_dim, n <= self.max_dim
-        between = 2 + sides[0]
-        return _preconditioner.update_traffic(m, n, sides, between, parts, dtype)
+        between = 2 * sides[0] + sides[1]
+        return _preconditioner.update_traffic(
+            m, n, sides, between, parts, dtype, self.factor_dtype
+        )
 
     def refresh_cost(self, m: int, n: int) -> float:
         """See `_eigenbases.refresh_flops`."""
         return _eigenbases.refresh_flops(m, n, self.max_dim)
+
+
+def _level(side: Side | None, scale: Array) -> Side | None:
+    if side is None or side.scale is None:
+        return None
+    return side._replace(scale=jnp.full_like(side.scale, scale))
 
 
 def _scale(side: Side | None, like: Array) -> Array:

@@ -108,6 +108,7 @@ def update_traffic(
     between: int,
     parts: int,
     dtype: DTypeLike,
+    factor_dtype: str | None,
 ) -> Traffic:
     """What one of the parts of a matrix receives from the others in such an update.
 
@@ -119,12 +120,12 @@ def update_traffic(
         rule takes and what it returns.
       parts: In how many parts the rows of each are.
       dtype: Of the updates.
+      factor_dtype: Of the factors in the state; None is that of the arithmetic.
     """
-    left, right = sides
-    numbers = left * m * m + right * n * n + (2 + between) * m * n
-    itemsize = _linalg.at_least_float32(dtype).itemsize
-    gathers = left + right + 2 + between
-    return Traffic(0, gathers, numbers * itemsize * (parts - 1) // parts)
+    (left, right), wide = sides, _linalg.at_least_float32(dtype)
+    total = (left * m * m + right * n * n) * jnp.dtype(factor_dtype or wide).itemsize
+    total += (2 * jnp.dtype(dtype).itemsize + between * wide.itemsize) * m * n
+    return Traffic(0, left + right + 2 + between, total * (parts - 1) // parts)
 
 
 def as_cadence(start: int, every: int, stagger: bool) -> _placement.Cadence:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
@@ -91,47 +91,81 @@ class ShampooRule:
             new = _numerics.moving_average(old, outer, scalars["b2"])
         return side._replace(statistic=new.astype(side.statistic.dtype))
 
-    def refresh(
-        self, state: ShampooMatrix, scalars: _placement.Scalars, parts: Parts
-    ) -> ShampooMatrix:
-        """Both roots from the statistics; one that fails keeps the last good one."""
-        left, right = (
-            self._rooted(side, exponent, scalars, parts)
-            for side, exponent in zip(
-                (state.left, state.right), self.exponents, strict=True
-            )
-        )
-        return state._replace(left=left, right=right)
-
-    first = refresh
-
-    def _rooted(
+    def prepare(
         self,
-        side: RootSide | None,
-        exponent: float | None,
+        state: ShampooMatrix,
         scalars: _placement.Scalars,
+        first: bool,
         parts: Parts,
-    ) -> RootSide | None:
-        if side is None or exponent is None:
-            return None
-        a = _numerics.wide(parts.gather(side.statistic, side.statistic.shape[-1]))
-        if not self.summed:
-            a = a / _numerics.bias_correction(scalars["b2"], _seen(scalars), a)
-        if self.root == "eigh":
-            found = _linalg.power_by_eigh(a, exponent, scalars["damping"], parts)
-        else:
+    ) -> tuple[Array | None, Array | None]:
+        """Both statistics, corrected for their bias."""
+        del first
+
+        def corrected(side: RootSide | None) -> Array | None:
+            if side is None:
+                return None
+            a = _numerics.wide(parts.gather(side.statistic, side.statistic.shape[-1]))
+            if self.summed:
+                return a
+            return a / _numerics.bias_correction(scalars["b2"], _seen(scalars), a)
+
+        return corrected(state.left), corrected(state.right)
+
+    def factor(
+        self,
+        given: tuple[Array | None, Array | None],
+        scalars: _placement.Scalars,
+        first: bool,
+    ) -> tuple[Any, Any]:
+        """Their eigendecompositions, or Newton's roots."""
+        del first
+
+        def factored(a: Array | None, exponent: float | None) -> Any:
+            if a is None or exponent is None:
+                return None
+            if self.root == "eigh":
+                return _linalg.decomposed(a)
             p = round(-1 / exponent)
-            found = _linalg.inverse_root_by_newton(a, p, scalars["damping"])
-        good = jnp.all(jnp.isfinite(found.value))
-        good = good & (found.residual <= scalars["residual_bound"])
-        # A statistic that is zero says nothing, which is no failure either.
-        said = jnp.any(a != 0)
-        new = parts.own(found.value).astype(side.root.dtype)
-        root = jnp.where(good & said, new, side.root)
-        health = _preconditioner.after_refresh(
-            side.health, good, scalars["max_failures"]
+            return _linalg.inverse_root_by_newton(a, p, scalars["damping"])
+
+        left, right = given
+        return factored(left, self.exponents[0]), factored(right, self.exponents[1])
+
+    def finish(
+        self,
+        state: ShampooMatrix,
+        given: tuple[Array | None, Array | None],
+        found: tuple[Any, Any],
+        scalars: _placement.Scalars,
+        first: bool,
+        parts: Parts,
+    ) -> ShampooMatrix:
+        """Both roots; one that fails keeps the last good one."""
+        del first
+
+        def rooted(
+            side: RootSide | None, a: Array | None, made: Any, exponent: float | None
+        ) -> RootSide | None:
+            if side is None or a is None or exponent is None:
+                return None
+            if self.root == "eigh":
+                damping = scalars["damping"]
+                made = _linalg.power_by_eigh(a, made, exponent, damping, parts)
+            good = jnp.all(jnp.isfinite(made.value))
+            good = good & (made.residual <= scalars["residual_bound"])
+            # A statistic that is zero says nothing, which is no failure either.
+            said = jnp.any(a != 0)
+            new = parts.own(made.value).astype(side.root.dtype)
+            health = _preconditioner.after_refresh(
+                side.health, good, scalars["max_failures"]
+            )
+            root = jnp.where(good & said, new, side.root)
+            return RootSide(side.statistic, root, health)
+
+        return state._replace(
+            left=rooted(state.left, given[0], found[0], self.exponents[0]),
+            right=rooted(state.right, given[1], found[1], self.exponents[1]),
         )
-        return RootSide(side.statistic, root, health)
 
     def after(
         self, x: Array, state: ShampooMatrix, scalars: _placement.Scalars, parts: Parts
@@ -139,9 +173,8 @@ class ShampooRule:
         """The momentum between the roots."""
         del scalars
         if state.right is not None:
-            root = state.right.root.astype(x.dtype)
-            root = parts.gather(root, root.shape[-1])
-            x = jnp.matmul(x, root, precision=self.precision)
+            root = parts.gather(state.right.root, state.right.root.shape[-1])
+            x = jnp.matmul(x, root.astype(x.dtype), precision=self.precision)
         if state.left is not None:
             root = state.left.root.astype(x.dtype)
             x = parts.gather(x, root.shape[-1])
@@ -155,7 +188,9 @@ class ShampooRule:
     def traffic(self, m: int, n: int, parts: int, dtype: DTypeLike) -> Traffic:
         """A root, and the momentum between both."""
         left, right = self._sides(m, n)
-        return _preconditioner.update_traffic(m, n, (False, right), left, parts, dtype)
+        return _preconditioner.update_traffic(
+            m, n, (False, right), left, parts, dtype, self.factor_dtype
+        )
 
     def _sides(self, m: int, n: int) -> tuple[bool, bool]:
         """Which have a root."""

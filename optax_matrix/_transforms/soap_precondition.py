@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_matrix import _check, _layout, _placement
 from optax_matrix._linalg import Parts, Traffic
 from optax_matrix._transforms import _eigenbases, _numerics, _preconditioner
-from optax_matrix._transforms._eigenbases import Moments, Side
+from optax_matrix._transforms._eigenbases import Moments, Side, Sides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,26 +63,33 @@ class SoapRule:
         variance = wide.astype(variance.dtype)
         return update, Moments(momentum, variance, left, right)
 
-    def first(
-        self, state: Moments, scalars: _placement.Scalars, parts: Parts
-    ) -> Moments:
-        """The eigenbases of the first gradient."""
-        left, right = (
-            _eigenbases.started(side, scalars["max_failures"], parts)
-            for side in (state.left, state.right)
-        )
-        return state._replace(left=left, right=right)
+    def prepare(
+        self, state: Moments, scalars: _placement.Scalars, first: bool, parts: Parts
+    ) -> Sides:
+        """The statistics at first, and then these times the bases."""
+        del scalars
+        return _eigenbases.both_prepared(state, first, sort=True, parts=parts)
 
-    def refresh(
-        self, state: Moments, scalars: _placement.Scalars, parts: Parts
+    def factor(self, given: Sides, scalars: _placement.Scalars, first: bool) -> Any:
+        """The new bases."""
+        del scalars
+        return _eigenbases.both_factored(given, first)
+
+    def finish(
+        self,
+        state: Moments,
+        given: Sides,
+        found: Any,
+        scalars: _placement.Scalars,
+        first: bool,
+        parts: Parts,
     ) -> Moments:
-        """A power step of both bases; the moments go along."""
-        left, rows = _eigenbases.followed(
-            state.left, scalars["max_failures"], sort=True, parts=parts
+        """The bases, and the moments in them."""
+        (left, rows), (right, columns) = _eigenbases.both_renewed(
+            state, given, found, scalars["max_failures"], parts
         )
-        right, columns = _eigenbases.followed(
-            state.right, scalars["max_failures"], sort=True, parts=parts
-        )
+        if first:  # there are no moments yet
+            return state._replace(left=left, right=right)
         variance = _variance(state)
         if rows is not None:
             whole = parts.gather(variance, rows.shape[-1])
@@ -107,7 +114,9 @@ class SoapRule:
     def traffic(self, m: int, n: int, parts: int, dtype: DTypeLike) -> Traffic:
         """Bases, and the momentum between the rotations back."""
         sides = self._sides(m, n)
-        return _preconditioner.update_traffic(m, n, sides, sides[0], parts, dtype)
+        return _preconditioner.update_traffic(
+            m, n, sides, sides[0], parts, dtype, self.factor_dtype
+        )
 
     def _sides(self, m: int, n: int) -> tuple[bool, bool]:
         return m <= self.max_dim, n <= self.max_dim

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 
+from optax_matrix import _linalg
 from optax_matrix._linalg import Exact, Halley, NewtonSchulz
 from tests.references import polar as reference
 
@@ -46,3 +47,9 @@ def matrix(m, n, kind, seed=0):
 def run(method, x):
     """`method.polar(x)`, compiled once for each method, shape and type."""
     return method.polar(x)
+
+
+def power_step(a, q, sort=True):
+    """A step of orthogonal iteration, and the positions that columns had in `q`."""
+    product, order = _linalg.power_product(a, q, sort)
+    return _linalg.q_factor(product), order

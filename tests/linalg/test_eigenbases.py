@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_matrix._linalg import eigenbasis, power_step
+from optax_matrix._linalg import eigenbasis
+from tests.linalg.problems import power_step
 from tests.references import polar
 from tests.references import preconditioners as reference
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_matrix._linalg import inverse_root_by_newton, power_by_eigh
+from optax_matrix._linalg import decomposed, inverse_root_by_newton, power_by_eigh
 from tests.references import polar
 from tests.references import preconditioners as reference
 
@@ -19,7 +19,7 @@ SIZE = 6
 @partial(jax.jit, static_argnums=(0, 2))
 def compiled(method, a, exponent, damping):
     if method == "eigh":
-        return power_by_eigh(a, exponent, damping)
+        return power_by_eigh(a, decomposed(a), exponent, damping)
     return inverse_root_by_newton(a, round(-1 / exponent), damping)
 
 

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 import optax_matrix as om
-from optax_matrix._linalg import eigenbasis, inverse_root_by_newton, power_step
+from optax_matrix._linalg import eigenbasis, inverse_root_by_newton
+from tests.linalg.problems import power_step
 from tests.references import preconditioners as reference
 from tests.transforms import histories
 
