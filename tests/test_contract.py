@@ -48,21 +48,19 @@ OPTIMIZERS = {
     for name in sorted(om.MATRIX_OPTIMIZERS)
 }
 SUBJECTS = TRANSFORMS | OPTIMIZERS
-# Long to compile, and made of stages that others here have as well.
+# Long to compile, and within others here or made of their stages. Preconditioners have
+# much of this in tests of their own, and one is in `precondition_then_orthogonalize`.
 SLOW = {
     *("kl_soap_precondition", "kl_shampoo_precondition", "kl_soap", "soap_muon"),
-    *("shampoo", "distributed_shampoo", "soap"),
+    *("shampoo", "distributed_shampoo", "soap", "muonw"),
+    *("soap_precondition", "shampoo_precondition"),
 }
 
 
-# On a mesh: test_stateful.py has these on many.
-SLOW_ON_A_MESH = SLOW | {"soap_precondition", "shampoo_precondition"}
-
-
-def named(names, *rest, slow=SLOW):
+def named(names, *rest):
     """A parameter for each name, marked slow where it is."""
     return [
-        pytest.param(n, *rest, marks=[pytest.mark.slow] if n in slow else [])
+        pytest.param(n, *rest, marks=[pytest.mark.slow] if n in SLOW else [])
         for n in names
     ]
 
@@ -308,7 +306,7 @@ def test_state_survives_a_checkpoint(name, tmp_path):
 @pytest.mark.parametrize(
     "name, kind",
     [
-        *named(SUBJECTS, AxisType.Explicit, slow=SLOW_ON_A_MESH),
+        *named(SUBJECTS, AxisType.Explicit),
         # There the types say nothing, and leaves are taken for replicated.
         *named(OPTIMIZERS, AxisType.Auto),
     ],

@@ -141,7 +141,14 @@ def test_sampling_continues_past_the_context():
 # ---------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "muonh"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param("adamw", marks=pytest.mark.slow),
+        pytest.param("muon", marks=pytest.mark.slow),
+        "muonh",
+    ],
+)
 def test_the_loss_falls(optimizer):
     result = train.train(dataclasses.replace(SMALL, optimizer=optimizer))
     values = [loss for _, loss in losses(result)]

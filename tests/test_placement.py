@@ -256,7 +256,13 @@ PARTWISE = {
 }
 
 
-@pytest.mark.parametrize("name", PARTWISE)
+FEW = ("jordan", "plain", "cubic last", "halley")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in PARTWISE],
+)
 def test_parts_share_small_products_and_tell_what_is_predicted(name):
     # Of 12 rows eight devices have two each, and the last ones none.
     method, leaves = PARTWISE[name], many(3, (12, 56), P(None, "x"))
@@ -284,8 +290,14 @@ def test_parts_in_half_precision(dtype):
     chex.assert_trees_all_close(got, want, atol=20 * float(jnp.finfo(dtype).eps))
 
 
-@pytest.mark.parametrize("method", [NS, om.NewtonSchulz(coefficients="aol")])
-@pytest.mark.parametrize("shape", [(16, 72), (72, 16), (16, 16)])
+@pytest.mark.parametrize(
+    "shape, method",
+    [
+        ((16, 72), NS),
+        ((16, 16), om.NewtonSchulz(coefficients="aol")),
+        pytest.param((72, 16), om.Halley(), marks=pytest.mark.slow),
+    ],
+)
 def test_parts_of_kinds_that_are_padded_differently(shape, method):
     # Nine columns a device are cut in two as 8 × 2 × 5, and all 72 as 2 × 36.
     leaves = {"a": (shape, P(None, "x")), **many(3, shape, P("x", None))}
@@ -293,9 +305,10 @@ def test_parts_of_kinds_that_are_padded_differently(shape, method):
     program, got, _ = on_mesh(leaves, *ONE, AxisType.Explicit, method)
     chex.assert_trees_all_close(got, want, atol=5e-6)
     total = described(leaves, ONE, method).totals
-    assert hlo.dot_flops(program.as_text()) == total["flops"]
-    assert hlo.dot_flops(single.as_text()) / 8 == total["even_flops"]
     assert total["flops_over_even"] <= 1.1
+    if not isinstance(method, om.Halley):  # its solves are no products
+        assert hlo.dot_flops(program.as_text()) == total["flops"]
+        assert hlo.dot_flops(single.as_text()) / 8 == total["even_flops"]
 
 
 @pytest.mark.parametrize("spec", [P(), P("x"), P(None, "x")])

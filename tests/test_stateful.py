@@ -58,7 +58,7 @@ CASES = {
         None,
     ),
 }
-MORE = ["layers", "stacked", "experts", "both sides"]
+MORE = ["layers", "stacked", "experts", "both sides", "a mix"]
 RULES = {
     "soap": lambda **k: om.soap_precondition(refresh=2, max_dim=8, **k),
     "shampoo": lambda **k: om.shampoo_precondition(
@@ -181,7 +181,7 @@ CUT = {
     "rule, stagger, stack_size",
     [
         *(
-            pytest.param(rule, False, None, marks=() if rule == "soap" else SLOW)
+            pytest.param(rule, False, None, marks=() if rule == "one-sided" else SLOW)
             for rule in CUT
         ),
         pytest.param("soap", True, None, marks=SLOW),
@@ -249,7 +249,14 @@ def test_rules_say_what_a_part_of_an_update_multiplies(rule, m, n, parts):
 
 
 @pytest.mark.parametrize(
-    "rule", ["soap", "shampoo", "one-sided", "kl", "kl left", "kl right"]
+    "rule",
+    [
+        "one-sided",
+        *(
+            pytest.param(rule, marks=SLOW)
+            for rule in ("soap", "shampoo", "kl", "kl left", "kl right")
+        ),
+    ],
 )
 def test_rules_say_what_a_part_of_an_update_receives(rule):
     leaves = many(3, (8, 16), P("x"))

@@ -139,8 +139,8 @@ def _on_group(
         taken_back = exchange.take_back(group, placed)
     results = []
     for lot, found in zip(group.lots, taken_back, strict=True):
-        for batch, units in zip(lot.batches, found, strict=True):
-            whole, start = _whole(units, batch), 0
+        for batch, back in zip(lot.batches, found, strict=True):
+            whole, start = _whole(back, batch), 0
             for source in batch.sources:
                 stop = start + source.stop - source.start
                 results.append((source, whole[start:stop]))

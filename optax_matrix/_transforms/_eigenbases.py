@@ -7,7 +7,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from optax_matrix import _linalg
-from optax_matrix._linalg import WHOLE, Parts
+from optax_matrix._linalg import Parts
 from optax_matrix._transforms import _numerics, _preconditioner
 from optax_matrix._transforms._preconditioner import Health
 
@@ -37,9 +37,7 @@ def side(size: int, dtype: str) -> Side:
     return Side(zeros, zeros, None, _preconditioner.healthy())
 
 
-def rotated_left(
-    x: Array, left: Side | None, precision: str, parts: Parts = WHOLE
-) -> Array:
+def rotated_left(x: Array, left: Side | None, precision: str, parts: Parts) -> Array:
     """This part's rows of Q_Lᵀ x, of the whole x."""
     if left is None:
         return parts.own(x)
@@ -48,7 +46,7 @@ def rotated_left(
 
 
 def rotated_right(
-    rows: Array, right: Side | None, precision: str, parts: Parts = WHOLE
+    rows: Array, right: Side | None, precision: str, parts: Parts
 ) -> Array:
     """x Q_R of some rows."""
     if right is None:
@@ -61,7 +59,7 @@ def rotated_back(
     left: Side | None,
     right: Side | None,
     precision: str,
-    parts: Parts = WHOLE,
+    parts: Parts,
 ) -> Array:
     """This part's rows of Q_L x Q_Rᵀ, of its rows of x."""
     if right is not None:
@@ -160,7 +158,7 @@ def carried(
     old: tuple[Side | None, Side | None],
     new: tuple[Side | None, Side | None],
     precision: str,
-    parts: Parts = WHOLE,
+    parts: Parts,
 ) -> Array:
     """This part's rows of a momentum in the old bases, in the new ones."""
     left, right = new

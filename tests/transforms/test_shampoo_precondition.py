@@ -423,5 +423,5 @@ def test_names_the_bad_leaf():
     with pytest.raises(ValueError, match=r"'b'.*\(3,\)"):
         tx.init({"b": jnp.ones(3)})
     state = tx.init({"a": jnp.ones((3, 4))})
-    with pytest.raises(ValueError, match=r"stacks of {'3x4': 1} matrices.*{'4x4': 1}"):
+    with pytest.raises(ValueError, match=r"stacks of {'3x4': 1} entries.*{'4x4': 1}"):
         tx.update({"a": jnp.ones((4, 4))}, state)
