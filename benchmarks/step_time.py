@@ -14,8 +14,8 @@ The probes are independent products of the shapes that a Newton-Schulz step has,
 each leaf that has the shape. `mix_flops_per_second` is their rate in the proportions of
 one plain step of every leaf; `matmul_seconds` takes all dots of a contender at that one
 rate, however its own shapes are mixed: the rates by shape beside it say how much that
-can matter. What is no dot counts as `rest`, factorizations and solves (Halley) among
-it: see `custom_calls`.
+can matter. Halley's factorizations and triangular solves are a probe of their own, and
+`factor_seconds` of a contender that has them. What is neither counts as `rest`.
 """
 
 import argparse
@@ -48,6 +48,7 @@ PEER = "optax.contrib.muon"
 ROLLFAST = "rollfast.muon"
 COMPILATIONS = 5
 WARM_UP = 2
+FACTOR = "factorizations"
 
 Leaves = dict[str, jax.Array]
 Product = tuple[int, int, int]  # (m, k) @ (k, n)
@@ -248,6 +249,24 @@ def probe(product: Product, count: int, seed: int, dtype: str) -> Callable[[], A
     return lambda: jax.block_until_ready(program(left, right))
 
 
+def factor_probe(shapes: ShapeSet, seed: int, dtype: str) -> Callable[[], Any]:
+    """Of every matrix what a Halley step does besides products, on its small side."""
+    sides = {name: min(shape) for name, shape in shapes.separate().items()}
+    leaves = random_leaves({k: (m, m) for k, m in sides.items()}, seed, 1.0, dtype)
+    grams = {
+        name: jnp.eye(len(x), dtype="float32") + (x @ x.T).astype("float32") / len(x)
+        for name, x in leaves.items()
+    }
+
+    def factor(gram: jax.Array) -> jax.Array:
+        lower = jax.lax.linalg.cholesky(gram, symmetrize_input=False)
+        eye = jnp.eye(len(gram), dtype=gram.dtype)
+        return jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
+
+    program = jax.jit(lambda xs: jax.tree.map(factor, xs)).lower(grams).compile()
+    return lambda: jax.block_until_ready(program(grams))
+
+
 def interleave(
     programs: dict[str, Callable[[], Any]], repeats: int, warm_up: int = WARM_UP
 ) -> dict[str, list[float]]:
@@ -292,7 +311,8 @@ def measure(shapes: ShapeSet, repeats: int, seed: int, dtype: str) -> dict[str, 
         steps[name] = Step(contender, *trees)
     compile_each = {name: step.compile for name, step in steps.items()}
     interleave(compile_each, COMPILATIONS, warm_up=0)
-    seconds = interleave({**steps, **probes}, repeats)
+    factor = {FACTOR: factor_probe(shapes, seed, dtype)}
+    seconds = interleave({**steps, **probes, **factor}, repeats)
 
     matmul, mix_seconds, mix_flops = {}, 0.0, 0
     for name, ((m, k, n), (leaves, uses)) in zip(probes, products.items(), strict=True):
@@ -321,7 +341,11 @@ def measure(shapes: ShapeSet, repeats: int, seed: int, dtype: str) -> dict[str, 
         if row["dot_flops"] is not None:
             row["matmul_seconds"] = row["dot_flops"] / rate
             row["share_at_matmul_peak"] = row["matmul_seconds"] / median
-            row["rest"] = 1 - row["share_at_matmul_peak"]
+            row["factor_seconds"] = 0.0
+            if any("potrf" in call for call in row["custom_calls"]):
+                row["factor_seconds"] = statistics.median(seconds[FACTOR])
+            known = row["matmul_seconds"] + row["factor_seconds"]
+            row["rest"] = 1 - known / median
         rows[name] = {**row, "raw": {"seconds": seconds[name], **step.raw}}
     return {
         "kernels_of_a_layer": [kernel._asdict() for kernel in shapes.kernels],
@@ -332,6 +356,7 @@ def measure(shapes: ShapeSet, repeats: int, seed: int, dtype: str) -> dict[str, 
         "left_out": left_out,
         "mix_flops_per_second": rate,
         "matmul": matmul,
+        "factorizations": {"raw_seconds": seconds[FACTOR]},
         "contenders": rows,
     }
 
@@ -384,9 +409,8 @@ def table(path: str | Path) -> str:
     """The results as Markdown, a table for each set."""
     head = (
         "| contender | ms | speed-up (quartiles) | GFLOP in dots | share at matmul rate"
-        " | temporary MiB | lowering s | compile s | of the peer's (quartiles) |\n"
-        + "| --- " * 9
-        + "|"
+        " | and factorizations | temporary MiB | lowering s | compile s"
+        " | of the peer's (quartiles) |\n" + "| --- " * 10 + "|"
     )
     lines = []
     for name, measured in json.loads(Path(path).read_text())["sets"].items():
@@ -396,10 +420,12 @@ def table(path: str | Path) -> str:
             speed, share = row["speedup"], row.get("share_at_matmul_peak", math.nan)
             compiling = row["compile_ratio"]
             dots = math.nan if row["dot_flops"] is None else row["dot_flops"]
+            # Where factorizations were not measured, the cell is empty.
+            known = f"{1 - row['rest']:.2f}" if "factor_seconds" in row else ""
             lines.append(
                 f"| {contender} | {row['median_seconds'] * 1e3:.4g} "
                 f"| {speed['median']:.2f} ({speed['q1']:.2f} to {speed['q3']:.2f}) "
-                f"| {dots / 1e9:.4g} | {share:.2f} "
+                f"| {dots / 1e9:.4g} | {share:.2f} | {known} "
                 f"| {(row['temp_bytes'] or 0) / 2**20:.1f} "
                 f"| {row['lowering_seconds']:.2f} | {row['compile_seconds']:.2f} "
                 f"| {compiling['median']:.2f} "

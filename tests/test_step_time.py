@@ -127,7 +127,12 @@ def test_the_file_says_what_was_measured(written: tuple[dict[str, Any], Path]) -
         assert len(row["raw"]["seconds"]) == 3
         assert len(row["raw"]["lowering_seconds"]) == 1
         assert len(row["raw"]["compile_seconds"]) == 1
-        assert row["share_at_matmul_peak"] + row["rest"] == pytest.approx(1)
+        shares = (
+            row["share_at_matmul_peak"],
+            row["factor_seconds"] / row["median_seconds"],
+        )
+        assert sum(shares) + row["rest"] == pytest.approx(1)
+        assert (row["factor_seconds"] > 0) == (name == "ours, Halley")
         assert row["flops"] > 0 and row["temp_bytes"] >= 0
     for ratio in ("speedup", "compile_ratio"):
         assert rows[step_time.PEER][ratio] == {"q1": 1, "median": 1, "q3": 1}
@@ -159,6 +164,6 @@ def test_the_table_has_a_row_for_each_contender(
     lines = step_time.table(written[1]).splitlines()
     rows = [line for line in lines if line.startswith("| ")]
     assert len(rows) == 2 + len(written[0]["sets"]["tiny"]["contenders"])
-    assert {row.count(" | ") for row in rows} == {8}
+    assert {row.count(" | ") for row in rows} == {9}
     assert "1.00 (1.00 to 1.00)" in rows[2]
     assert any("rollfast.muon is left out" in line for line in lines)
