@@ -104,6 +104,16 @@ def test_parts_are_the_fewest_bytes_for_an_even_split(count, devices, parts):
     assert rules.parts(count, devices, even, 0.0) == parts
 
 
+def test_whole_matrices_stay_whole_where_that_is_even_enough():
+    def fewer_bytes(parts):
+        return 8_000 // parts, 100 // parts
+
+    assert rules.parts(39, 8, fewer_bytes, 0.0) == 1
+    # Nor is there anything to share where nothing is multiplied.
+    assert rules.parts(1, 8, lambda parts: (0, 100 // parts), 0.0) == 1
+    assert rules.parts(1, 8, lambda parts: (0, 100 // parts), 1000.0) == 1
+
+
 def test_parts_are_no_more_than_fit():
     # Three in eight parts each are three parts for a device, in four parts two.
     assert rules.parts(3, 8, even, 0.0, most=3) == 8

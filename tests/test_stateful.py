@@ -214,6 +214,22 @@ def test_matrices_in_parts_equal_whole_ones(rule, stagger, stack_size):
     )
 
 
+@pytest.mark.parametrize("flops_per_byte", [0, 1000])
+def test_a_matrix_without_statistics_is_not_shared(flops_per_byte):
+    leaves = {"w": ((6, 8), P())}
+    want = on_one(om.soap_precondition(max_dim=5), leaves)[1]
+    mesh = jax.make_mesh(*ONE, (AxisType.Explicit,))
+    told = om.Placement(NamedSharding(mesh, P()), flops_per_byte=flops_per_byte)
+    tx = om.soap_precondition(max_dim=5, placement=told)
+    with jax.set_mesh(mesh):
+        state, update = tx.init(jax.device_put(gradients(leaves, 0), P())), tx.update
+        for t in range(STEPS):
+            grads = jax.device_put(gradients(leaves, t), P())
+            got, state = jax.jit(update)(grads, state)
+            chex.assert_trees_all_close(got, want[t], atol=1e-6)
+    assert set(state.matrices) == {"6x8"}
+
+
 RULE = {
     "soap": SoapRule(6, None, None, "highest"),
     "shampoo": ShampooRule(

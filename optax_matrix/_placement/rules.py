@@ -47,9 +47,10 @@ def parts(
 ) -> int:
     """In how many parts to cut the matrices that are left when all devices have some.
 
-    With bytes for nothing, those that move the fewest of all that leave the busiest
-    device with at most a tenth more FLOPs than an even split, or with the least that
-    there are. Else those with the least FLOPs and bytes together.
+    With bytes for nothing, none where the busiest device has at most a tenth more FLOPs
+    than an even split; else as many as move the fewest bytes of all that leave it no
+    more than that, or than the least there is. If bytes count, as many as take the
+    least FLOPs and bytes together.
 
     Args:
       count: Number of matrices.
@@ -63,13 +64,14 @@ def parts(
       A divisor of `devices`; 1 leaves matrices whole.
     """
     rounds, rest = divmod(count, devices)
-    if not rest:
+    whole, _ = cost(1)
+    if not rest or not whole:
         return 1
-    whole, moved_whole = cost(1)
 
     def total(parts: int, slots: int) -> tuple[int, int]:
         flops, moved = cost(parts)
-        return rounds * whole + slots * flops, rounds * moved_whole + slots * moved
+        # The bytes of whole rounds are the same however the rest is cut.
+        return rounds * whole + slots * flops, slots * moved
 
     slots = {p: -(-rest * p // devices) for p in range(1, devices + 1)}
     found = {
@@ -81,4 +83,6 @@ def parts(
         return min(found, key=lambda p: found[p][0] + flops_per_byte * found[p][1])
     least = min(flops for flops, _ in found.values())
     limit = max(UNEVEN * count * whole / devices, least)
+    if found[1][0] <= limit:
+        return 1
     return min((moved, p) for p, (flops, moved) in found.items() if flops <= limit)[1]
