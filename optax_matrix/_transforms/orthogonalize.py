@@ -36,7 +36,8 @@ def orthogonalize(
 
     Sharding:
       Any. Matrices are brought together whole, each on one device, in one exchange for
-      all of a shape, and go back in another; see docs/sharding.md.
+      all of a shape, and go back in another; those that do not go round the devices
+      are shared by several. See docs/sharding.md.
     """
     polar = _linalg.as_method(method)
     place = placement or _placement.Placement()
