@@ -110,7 +110,7 @@ def bytes_on(device, tree):
         *(pytest.param(name, "soap", AxisType.Explicit, marks=SLOW) for name in MORE),
         pytest.param("a mix", "soap", AxisType.Auto, marks=SLOW),
         pytest.param("a mix", "shampoo", AxisType.Explicit, marks=SLOW),
-        ("fewer than devices", "shampoo", AxisType.Auto),
+        pytest.param("fewer than devices", "shampoo", AxisType.Auto, marks=SLOW),
         pytest.param("both sides", "kl", AxisType.Auto, marks=SLOW),
     ],
 )
