@@ -214,6 +214,23 @@ def test_matrices_in_parts_equal_whole_ones(rule, stagger, stack_size):
     )
 
 
+def test_parts_of_equal_pieces_that_lie_differently():
+    leaves = {"a": ((8, 16), P("x", None)), "b": ((8, 16), P(None, "x"))}
+    make = functools.partial(om.shampoo_precondition, None, damping=1e-2)
+    want = on_one(make(), leaves)[1]
+    mesh = jax.make_mesh(*ONE, (AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        tx, shardings = (
+            make(),
+            {k: NamedSharding(mesh, s) for k, (_, s) in leaves.items()},
+        )
+        state = tx.init(jax.device_put(gradients(leaves, 0), shardings))
+        grads = jax.device_put(gradients(leaves, 0), shardings)
+        got, _ = jax.jit(tx.update)(grads, state)
+    chex.assert_trees_all_close(got, want[0], atol=2e-5, rtol=2e-4)
+    assert set(state.matrices) == {"8x16.in4"}
+
+
 @pytest.mark.parametrize("flops_per_byte", [0, 1000])
 def test_a_matrix_without_statistics_is_not_shared(flops_per_byte):
     leaves = {"w": ((6, 8), P())}
