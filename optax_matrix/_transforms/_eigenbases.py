@@ -1,6 +1,6 @@
 """What SOAP and the KL rules share: two bases a matrix, and moments in them."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from optax_matrix import _linalg
 from optax_matrix._linalg import Parts
+from optax_matrix._placement import Scalars
 from optax_matrix._transforms import _numerics, _preconditioner
 from optax_matrix._transforms._preconditioner import Health
 
@@ -125,18 +126,37 @@ def renewed(
     return side._replace(basis=basis, health=health), order
 
 
-def both_prepared(state: Moments, first: bool, sort: bool, parts: Parts) -> Sides:
-    """`prepared` of both sides."""
-    return (
-        prepared(state.left, first, sort, parts),
-        prepared(state.right, first, sort, parts),
-    )
+class InBases:
+    """What rules with two bases have in common: how these are refreshed.
 
+    Attributes:
+      sort: Whether the columns of a basis are ordered by eigenvalue.
+    """
 
-def both_factored(given: Sides, first: bool) -> tuple[Array | None, Array | None]:
-    """`factored` of both sides."""
-    left, right = given
-    return factored(left, first), factored(right, first)
+    sort: ClassVar[bool]
+
+    def prepare(
+        self, state: Moments, scalars: Scalars, first: bool, parts: Parts
+    ) -> Sides:
+        """The statistics at first, and then these times the bases."""
+        del scalars
+        return (
+            prepared(state.left, first, self.sort, parts),
+            prepared(state.right, first, self.sort, parts),
+        )
+
+    def factor(
+        self, given: Sides, scalars: Scalars, first: bool
+    ) -> tuple[Array | None, Array | None]:
+        """The new bases."""
+        del scalars
+        left, right = given
+        return factored(left, first), factored(right, first)
+
+    def after(self, x: Array, state: Moments, scalars: Scalars, parts: Parts) -> Array:
+        """The update as it is: a refresh shows from the next one on."""
+        del state, scalars, parts
+        return x
 
 
 def both_renewed(

@@ -11,12 +11,14 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_matrix import _check, _layout, _placement
 from optax_matrix._linalg import Parts, Traffic
 from optax_matrix._transforms import _eigenbases, _numerics, _preconditioner
-from optax_matrix._transforms._eigenbases import Moments, Side, Sides
+from optax_matrix._transforms._eigenbases import InBases, Moments, Side, Sides
 
 
 @dataclasses.dataclass(frozen=True)
-class KLRule:
+class KLRule(InBases):
     """KL-SOAP, or KL-Shampoo without a variance, for one matrix."""
+
+    sort = False
 
     with_variance: bool
     max_dim: int
@@ -105,18 +107,6 @@ class KLRule:
             scale=jnp.minimum(scale, limit)[:, 0],
         )
 
-    def prepare(
-        self, state: Moments, scalars: _placement.Scalars, first: bool, parts: Parts
-    ) -> Sides:
-        """The statistics at first, and then these times the bases, unsorted."""
-        del scalars
-        return _eigenbases.both_prepared(state, first, sort=False, parts=parts)
-
-    def factor(self, given: Sides, scalars: _placement.Scalars, first: bool) -> Any:
-        """The new bases."""
-        del scalars
-        return _eigenbases.both_factored(given, first)
-
     def finish(
         self,
         state: Moments,
@@ -136,13 +126,6 @@ class KLRule:
         old, new = (state.left, state.right), (left, right)
         momentum = _eigenbases.carried(state.momentum, old, new, self.precision, parts)
         return Moments(momentum, state.variance, left, right)
-
-    def after(
-        self, x: Array, state: Moments, scalars: _placement.Scalars, parts: Parts
-    ) -> Array:
-        """The update as it is: a refresh shows from the next one on."""
-        del state, scalars, parts
-        return x
 
     def flops(self, m: int, n: int, parts: int = 1) -> int:
         """Of statistics, the rotations there and back, and those of one side alone."""

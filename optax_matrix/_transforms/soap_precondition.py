@@ -11,12 +11,14 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_matrix import _check, _layout, _placement
 from optax_matrix._linalg import Parts, Traffic
 from optax_matrix._transforms import _eigenbases, _numerics, _preconditioner
-from optax_matrix._transforms._eigenbases import Moments, Side, Sides
+from optax_matrix._transforms._eigenbases import InBases, Moments, Side, Sides
 
 
 @dataclasses.dataclass(frozen=True)
-class SoapRule:
+class SoapRule(InBases):
     """SOAP for one matrix; see `soap_precondition`."""
+
+    sort = True
 
     max_dim: int
     moment_dtype: str | None
@@ -63,18 +65,6 @@ class SoapRule:
         variance = wide.astype(variance.dtype)
         return update, Moments(momentum, variance, left, right)
 
-    def prepare(
-        self, state: Moments, scalars: _placement.Scalars, first: bool, parts: Parts
-    ) -> Sides:
-        """The statistics at first, and then these times the bases."""
-        del scalars
-        return _eigenbases.both_prepared(state, first, sort=True, parts=parts)
-
-    def factor(self, given: Sides, scalars: _placement.Scalars, first: bool) -> Any:
-        """The new bases."""
-        del scalars
-        return _eigenbases.both_factored(given, first)
-
     def finish(
         self,
         state: Moments,
@@ -99,13 +89,6 @@ class SoapRule:
         old, new = (state.left, state.right), (left, right)
         momentum = _eigenbases.carried(state.momentum, old, new, self.precision, parts)
         return Moments(momentum, variance, left, right)
-
-    def after(
-        self, x: Array, state: Any, scalars: _placement.Scalars, parts: Parts
-    ) -> Array:
-        """The update as it is: a refresh shows from the next one on."""
-        del state, scalars, parts
-        return x
 
     def flops(self, m: int, n: int, parts: int = 1) -> int:
         """Of statistics, and of the rotations there and back."""
