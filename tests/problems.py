@@ -1,5 +1,10 @@
 """Trees that reach the matrix path, gradients of chosen spectra, steps over both."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,3 +71,18 @@ def unroll(tx, updates, params=None):
         u, state = tx.update(u, state, params)
         out.append(u)
     return out, state
+
+
+def printed_by(code):
+    """What a Python program prints that may have another number of devices."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        cwd=pathlib.Path(__file__).parents[1],
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
