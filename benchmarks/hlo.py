@@ -5,7 +5,7 @@ it runs, adds elementwise work and tells nothing about collectives. So the count
 come from `compiled.as_text()`, each times the trip counts of the loops around it:
 
     text = jax.jit(f).lower(*args).compile().as_text()
-    hlo.collectives(text), hlo.dot_flops(text), hlo.custom_calls(text)
+    hlo.collectives(text), hlo.dot_flops(text), hlo.solver_flops(text)
 
 Of a conditional, the branch with the most of what is counted is taken. Whatever cannot
 be counted raises a ValueError; no number is too low in silence, with one exception: XLA
@@ -34,6 +34,13 @@ _PERHAPS_MATMUL = re.compile(
     "matmul|gemm|dot|convolution|cudnn|triton|mosaic|pallas|tpu_custom_call",
     re.IGNORECASE,
 )
+# Factorizations and solves, by LAPACK, a GPU's library, or XLA itself.
+_PERHAPS_SOLVER = re.compile(
+    "lapack|solver|cholesky|triangular|trsm|potr|syev|geev|gesvd|geqrf|orgqr|getrf|eigh",
+    re.IGNORECASE,
+)
+_CHOLESKY = re.compile(r"cholesky|lapack_[sd]potrf_ffi")
+_TRIANGULAR_SOLVE = re.compile(r"triangular-solve|lapack_[sd]trsm_ffi")
 _CUBLAS = re.compile(r"__cublas\$(gemm|lt\$matmul(\$f8)?)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _T = TypeVar("_T")
@@ -109,6 +116,16 @@ def dot_flops(text: str) -> int:
     """Floating-point operations of the matrix products on one device, 2·m·n·k each."""
     module = parse(text)
     found = _executed(module, module.entry, _flops, lambda flops: flops)
+    return sum(flops * count for flops, count in found)
+
+
+def solver_flops(text: str) -> int:
+    """Operations of Cholesky factorizations, n³/3, and triangular solves, n² a column.
+
+    Any other solver raises a ValueError: what it takes depends on what it is given.
+    """
+    module = parse(text)
+    found = _executed(module, module.entry, _solver_flops, lambda flops: flops)
     return sum(flops * count for flops, count in found)
 
 
@@ -294,3 +311,17 @@ def _flops(instruction: Instruction, inside: Computation) -> int | None:
     result = _arrays(instruction.shape)[0][1]
     axes = [int(axis) for axis in re.findall(r"\d+", contracting[1])]
     return 2 * math.prod(result) * math.prod(lhs[axis] for axis in axes)
+
+
+def _solver_flops(instruction: Instruction, inside: Computation) -> int | None:
+    name = _target(instruction) or instruction.opcode
+    if not _PERHAPS_SOLVER.search(name):
+        return None
+    sizes = [_arrays(inside[i].shape)[0][1] for i in instruction.operands]
+    if _CHOLESKY.fullmatch(name):
+        *batch, n, _ = sizes[0]
+        return math.prod(batch) * (n**3 // 3)
+    if _TRIANGULAR_SOLVE.fullmatch(name):
+        return sizes[0][-1] * math.prod(sizes[1])
+    what = f"%{instruction.name} ({name}, {_op_name(instruction)})"
+    raise ValueError(f"the operations of {what} cannot be counted")

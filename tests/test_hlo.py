@@ -266,6 +266,27 @@ def test_custom_calls_are_counted_with_their_loops():
     assert hlo.custom_calls(solve) == {"lapack_strsm_ffi": 1}
 
 
+def test_solver_flops():
+    def step(x: jax.Array) -> jax.Array:
+        return lax.linalg.cholesky(gram(x))
+
+    def solve(a: jax.Array, b: jax.Array, left: bool) -> jax.Array:
+        return lax.linalg.triangular_solve(a, b, left_side=left, lower=True)
+
+    square = jax.ShapeDtypeStruct((3, 8, 8), jnp.float32)
+    assert hlo.solver_flops(text_of(repeat(step, 5), square)) == 5 * 3 * (8**3 // 3)
+    for left, shape in ((True, (3, 8, 2)), (False, (3, 2, 8))):
+        right = jax.ShapeDtypeStruct(shape, jnp.float32)
+        text = text_of(lambda a, b, left=left: solve(a, b, left), square, right)
+        assert hlo.solver_flops(text) == 3 * 2 * 8**2
+    line = "%r = f32[32,32] {}(%p, %p), lower=true"
+    found = [program(line.format(o)) for o in ("cholesky", "triangular-solve")]
+    assert [hlo.solver_flops(text) for text in found] == [32**3 // 3, 32**3]
+    assert hlo.solver_flops(text_of(gram, square)) == 0
+    with pytest.raises(ValueError, match=r"lapack_ssyevd_ffi, .* cannot be counted"):
+        hlo.solver_flops(text_of(jnp.linalg.eigh, square))
+
+
 def test_other_text_raises():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.dot_flops("module @jit_f {}")

@@ -147,6 +147,11 @@ def received(text):
     return moved[True], moved[False]
 
 
+def all_flops(text):
+    """Of products, and of factorizations and triangular solves."""
+    return hlo.dot_flops(text) + hlo.solver_flops(text)
+
+
 def described(leaves, mesh, method=NS):
     """The prediction, made without devices."""
     abstract = jax.sharding.AbstractMesh(*mesh)
@@ -271,9 +276,32 @@ def test_parts_share_small_products_and_tell_what_is_predicted(name):
     moved, told = received(text)
     assert moved == total["exchanged_bytes"]
     assert 0 <= told - total["part_bytes"] <= 21
-    if name != "halley":  # its solves are no products
-        assert hlo.dot_flops(text) == total["flops"]
-        assert hlo.dot_flops(single.as_text()) / 8 == total["even_flops"]
+    assert all_flops(text) == total["flops"]
+    assert all_flops(single.as_text()) / 8 == total["even_flops"]
+
+
+@pytest.mark.parametrize(
+    "count, shape, devices",
+    [
+        (1, (32, 32), 8),
+        pytest.param(3, (32, 64), 8, marks=pytest.mark.slow),
+        pytest.param(1, (37, 37), 5, marks=pytest.mark.slow),  # uneven panels
+    ],
+)
+def test_parts_share_a_factorization(count, shape, devices):
+    # Every part would repeat a Cholesky factorization: 1.24 for one square matrix.
+    leaves, one = many(count, shape, P()), ((devices,), ("x",))
+    method = om.Halley(lower_bound=0.01)
+    single, want = on_one(leaves, method)
+    among = jax.devices()[:devices]
+    program, got, _ = on_mesh(leaves, *one, AxisType.Explicit, method, devices=among)
+    chex.assert_trees_all_close(got, want, atol=2e-5)
+    text, total = program.as_text(), described(leaves, one, method).totals
+    even = all_flops(single.as_text()) / devices
+    assert all_flops(text) == total["flops"] <= 1.1 * even
+    # Three gathers of two panels and the inverse, and one of results.
+    assert exchanges(text)["all-gather"] == total["gathers"] + 1 == 3 * count + 1
+    assert hlo.custom_calls(text)["lapack_spotrf_ffi"] == 2 * count
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -302,9 +330,8 @@ def test_parts_of_kinds_that_are_padded_differently(shape, method):
     chex.assert_trees_all_close(got, want, atol=5e-6)
     total = described(leaves, ONE, method).totals
     assert total["flops_over_even"] <= 1.1
-    if not isinstance(method, om.Halley):  # its solves are no products
-        assert hlo.dot_flops(program.as_text()) == total["flops"]
-        assert hlo.dot_flops(single.as_text()) / 8 == total["even_flops"]
+    assert all_flops(program.as_text()) == total["flops"]
+    assert all_flops(single.as_text()) / 8 == total["even_flops"]
 
 
 @pytest.mark.parametrize("spec", [P(), P("x"), P(None, "x")])
@@ -317,9 +344,13 @@ def test_a_square_matrix_is_never_turned(spec, count):
     chex.assert_trees_all_close(got, want, atol=1e-5)
 
 
-def test_gradients_go_through_parts():
+@pytest.mark.parametrize(
+    "method",
+    [NS, pytest.param(om.Halley(lower_bound=0.1), marks=pytest.mark.slow)],
+)
+def test_gradients_go_through_parts(method):
     leaves = many(3, (8, 24), P("x", None))
-    tx = om.orthogonalize(NS)
+    tx = om.orthogonalize(method)
 
     def loss(tree):
         done, _ = tx.update(tree, optax.EmptyState())

@@ -5,10 +5,11 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.lax import linalg as lax_linalg
+from jax.typing import DTypeLike
 
 from optax_matrix._linalg import numerics
-from optax_matrix._linalg.numerics import WHOLE, Parts, Precision
+from optax_matrix._linalg.inverse import inverse_flops, inverse_traffic, spd_inverse
+from optax_matrix._linalg.numerics import WHOLE, Parts, Precision, Traffic
 
 
 def halley_weights(lower_bound: float) -> tuple[float, float, float]:
@@ -66,8 +67,8 @@ def halley(
       precision: Of the matmuls. Lower than ``"highest"`` can make I + cA indefinite,
         and then the factorization gives NaN.
       parts: None for whole matrices. Otherwise `x` is one part of each matrix, cut
-        across the last axis, which is the longer side of the whole. Each part
-        factorizes, and makes its columns of the inverse.
+        across the last axis, which is the longer side of the whole. Parts sum the Gram
+        matrices, and share the factorization and the columns of the inverse.
 
     Returns:
       (..., m, n) in the dtype of `x`. A zero matrix gives zero; one with a NaN or Inf
@@ -104,7 +105,7 @@ def halley(
             gram, scale = gram / square, numerics.inverse_root(square)
         a, b, c = halley_weights(lower_bound)
         eye = numerics.eye_like(gram)
-        inverse = _spd_inverse(eye + c * gram, precision, parts)
+        inverse = spd_inverse(eye + c * gram, precision, parts)
         # The scale on the small factor rather than on y: a pass less over y.
         factor = (b / c * eye + (a - b / c) * inverse) * scale
         y, scale = jnp.matmul(factor, y, precision=precision), 1.0
@@ -117,31 +118,34 @@ def halley(
 def halley_flops(m: int, n: int, steps: int, parts: int = 1) -> int:
     """Returns the FLOPs of one m×n matrix, or of a part of it.
 
-    A step is two rectangular products, 2m²n each for m ≤ n, and of the small side a
-    factorization and a triangular inverse, together about m³, and one product, 2m³. Of
-    its parts each repeats the factorization, m³/3, and solves twice for its columns of
-    the inverse, m² each.
+    A step is two rectangular products, 2m²n each for m ≤ n, and the inverse of the
+    small side, see `inverse_flops`: 10/3 m³ for a whole matrix.
 
     Args:
       m: One side.
       n: The other.
       steps: Number of steps.
       parts: In how many the longer side is cut.
+
+    Returns:
+      FLOPs, counting a multiply-add as two.
     """
     m, n = min(m, n), max(m, n)
-    small = 3 * m**3 if parts == 1 else m**3 // 3 + 2 * m * m * -(-m // parts)
-    return steps * (4 * m * m * -(-n // parts) + small)
+    return steps * (4 * m * m * -(-n // parts) + inverse_flops(m, parts))
 
 
-def _spd_inverse(a: Array, precision: Precision, parts: Parts) -> Array:
-    """Inverse of symmetric positive definite matrices by A = LLᵀ, A⁻¹ = L⁻ᵀL⁻¹."""
-    lower = lax_linalg.cholesky(a, symmetrize_input=False)
-    columns = numerics.transpose(parts.own(numerics.eye_like(a)))
-    half = lax_linalg.triangular_solve(lower, columns, left_side=True, lower=True)
-    if parts.count == 1:
-        # A product is faster than another solve, but takes all columns.
-        return jnp.matmul(numerics.transpose(half), half, precision=precision)
-    mine = lax_linalg.triangular_solve(
-        lower, half, left_side=True, lower=True, transpose_a=True
-    )
-    return parts.gather(numerics.transpose(mine), a.shape[-1])
+def halley_traffic(m: int, n: int, steps: int, parts: int, dtype: DTypeLike) -> Traffic:
+    """Returns what the parts of one matrix tell one another.
+
+    A Gram matrix and an inverse a step.
+
+    Args:
+      m: One side.
+      n: The other.
+      steps: Number of steps.
+      parts: In how many the longer side is cut.
+      dtype: Of the products.
+    """
+    gram = numerics.traffic(min(m, n), 1, 0, parts, dtype)
+    inverse = inverse_traffic(min(m, n), parts, dtype)
+    return Traffic(*(steps * sum(pair) for pair in zip(gram, inverse, strict=True)))

@@ -18,7 +18,7 @@ from optax_matrix._linalg.coefficients import (
     resolve,
 )
 from optax_matrix._linalg.exact import DECOMPOSITIONS, Decomposition, exact_polar
-from optax_matrix._linalg.halley import halley, halley_flops
+from optax_matrix._linalg.halley import halley, halley_flops, halley_traffic
 from optax_matrix._linalg.newton_schulz import (
     METHODS,
     Method,
@@ -217,10 +217,10 @@ class Halley:
         return halley_flops(m, n, self.steps, parts)
 
     def traffic(self, m: int, n: int, parts: int, dtype: DTypeLike) -> Traffic:
-        """What parts tell one another: a Gram matrix and an inverse a step."""
+        """What the parts of one matrix tell one another; see `halley_traffic`."""
         own = numerics.as_dtype(self.dtype, _FACTORIZABLE)
         found = own or numerics.at_least_float32(dtype)
-        return numerics.traffic(min(m, n), self.steps, self.steps, parts, found)
+        return halley_traffic(m, n, self.steps, parts, found)
 
 
 @dataclass(frozen=True)
