@@ -541,24 +541,33 @@ def test_inside_a_users_shard_map_nothing_is_spread():
 
 
 MANY = """
-import sys
 import jax
 jax.config.update("jax_num_cpu_devices", 256)
-from jax.sharding import AxisType, PartitionSpec as P
-from benchmarks import hlo
 from tests import test_placement as t
-for n, f, kind in ((8, 8, AxisType.Explicit), (16, 16, AxisType.Auto)):
-    mesh = (n, f), ("d", "f")
-    leaves = {"w": ((2 * n * f, n, 4 * f), P(None, "d", "f"))}
-    tree = t.described_leaves(leaves, jax.make_mesh(*mesh, (kind,) * 2))
-    text = t.abstractly_compiled(leaves, tree, kind)
-    total = t.described(leaves, mesh).totals
-    moved = sum(c.bytes for c in hlo.collectives(text))
-    assert t.exchanges(text) == {"all-to-all": 2}, t.exchanges(text)
-    assert hlo.dot_flops(text) == total["flops"] == total["even_flops"]
-    assert moved == total["exchanged_bytes"] == total["least_bytes"]
-    print(n * f)
+t.on_64_and_256_devices({method!r}, {parts})
 """
+
+
+def on_64_and_256_devices(name, parts):
+    method = {"newton_schulz": NS, "halley": om.Halley()}[name]
+    for n, f, kind in ((8, 8, AxisType.Explicit), (16, 16, AxisType.Auto)):
+        mesh = (n, f), ("d", "f")
+        # Two whole ones each, or twelve for all, in parts of four rows and more.
+        shape = (12, 256, 1024) if parts else (2 * n * f, n, 4 * f)
+        leaves = {"w": (shape, P(None, "d", "f"))}
+        tree = described_leaves(leaves, jax.make_mesh(*mesh, (kind,) * 2))
+        text = abstractly_compiled(leaves, tree, kind, method)
+        total = described(leaves, mesh, method).totals
+        counts = exchanges(text)
+        assert counts.pop("all-to-all") == 2
+        assert counts.get("all-gather", 0) == total["gathers"]
+        assert bool(total["gathers"]) == parts
+        assert all_flops(text) == total["flops"] <= 1.03 * total["even_flops"]
+        moved, told = received(text)
+        assert moved == total["exchanged_bytes"] == total["least_bytes"]
+        # Besides one number is summed for each part, and all is rounded up.
+        assert 0 <= told - total["part_bytes"] <= 100
+        print(n * f)
 
 
 def described_leaves(leaves, mesh):
@@ -568,15 +577,24 @@ def described_leaves(leaves, mesh):
     }
 
 
-def abstractly_compiled(leaves, tree, kind):
+def abstractly_compiled(leaves, tree, kind, method):
     told = om.Placement(tree) if kind is AxisType.Auto else None
-    tx = om.orthogonalize(NS, placement=told)
+    tx = om.orthogonalize(method, placement=told)
     update = jax.jit(lambda tree: tx.update(tree, optax.EmptyState())[0])
     return update.lower(tree).compile().as_text()
 
 
-def test_64_and_256_devices_keep_the_bounds():
-    assert problems.printed_by(MANY).split() == ["64", "256"]
+@pytest.mark.parametrize(
+    "method, parts",
+    [
+        ("newton_schulz", False),
+        pytest.param("newton_schulz", True, marks=pytest.mark.slow),
+        pytest.param("halley", True, marks=pytest.mark.slow),
+    ],
+)
+def test_64_and_256_devices_keep_the_bounds(method, parts):
+    program = MANY.format(method=method, parts=parts)
+    assert problems.printed_by(program).split() == ["64", "256"]
 
 
 @pytest.mark.parametrize("devices", [16, 64, 256])
