@@ -99,9 +99,9 @@ class _Panel(NamedTuple):
 def _panels(m: int, parts: int) -> list[_Panel]:
     """The panels of an m×m matrix, √parts / 2 of them, rounded up.
 
-    Then the blocks on the diagonal, which all parts factorize, take at most 4/3 m³ over
-    all of them, and the rest of a Halley step of a square matrix at least 7 m³: few
-    panels, as each is two gathers, yet at most 1.1 of an even split.
+    Few, as each is two gathers; yet the blocks on the diagonal, which all parts
+    factorize, then take at most 4/3 m³ over all parts, of 22/3 m³ for a Halley step of
+    a whole square matrix.
     """
     count = min(math.isqrt(parts - 1) // 2 + 1, m)
     panels = []
