@@ -34,9 +34,10 @@ _PERHAPS_MATMUL = re.compile(
     "matmul|gemm|dot|convolution|cudnn|triton|mosaic|pallas|tpu_custom_call",
     re.IGNORECASE,
 )
-# Factorizations and solves, by LAPACK, a GPU's library, or XLA itself.
+# Factorizations and solves, of which LAPACK's and XLA's own of two kinds are counted.
 _PERHAPS_SOLVER = re.compile(
-    "lapack|solver|cholesky|triangular|trsm|potr|syev|geev|gesvd|geqrf|orgqr|getrf|eigh",
+    "lapack|solver|sparse|magma|cholesky|triangular|trsm|potr|gtsv|householder|eig|svd"
+    "|lu_?decomposition|^qr",
     re.IGNORECASE,
 )
 _CHOLESKY = re.compile(r"cholesky|lapack_[sd]potrf_ffi")

@@ -285,6 +285,10 @@ def test_solver_flops():
     assert hlo.solver_flops(text_of(gram, square)) == 0
     with pytest.raises(ValueError, match=r"lapack_ssyevd_ffi, .* cannot be counted"):
         hlo.solver_flops(text_of(jnp.linalg.eigh, square))
+    for target in ("Qr", "LuDecomposition", "cusolver_potrf_ffi", "cusparse_gtsv2_ffi"):
+        line = f'%r = f32[32,32] custom-call(%p), custom_call_target="{target}"'
+        with pytest.raises(ValueError, match=f"{target}, .* cannot be counted"):
+            hlo.solver_flops(program(line))
 
 
 def test_other_text_raises():

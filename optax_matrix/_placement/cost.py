@@ -23,13 +23,14 @@ class GroupCost:
       parts: In how many parts those left over are cut; 1 if none are.
       parts_per_device: How many of these the busiest device works on.
       flops: Of the busiest device.
-      even_flops: Of all matrices, over all devices.
+      even_flops: Of all matrices as whole ones, over all devices. Parts can have less:
+        Halley's solve for columns where whole matrices multiply.
       exchanges: How many there are: in and out, out alone, or none.
       exchanged_bytes: What a device receives in them.
       least_bytes: What it must receive for each matrix to be in one place once, and
         each device to have the result for what it holds.
       sums: How many Gram matrices parts sum over devices, one after another.
-      gathers: How many small products parts gather from devices, likewise.
+      gathers: How many small matrices parts put together from their rows, likewise.
       part_bytes: What a device receives in both, sums running around a ring.
     """
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from optax_matrix._linalg import WHOLE, Parts, halley_flops
-from optax_matrix._linalg.inverse import inverse_flops, spd_inverse
+from optax_matrix._linalg import WHOLE, Halley, Parts, halley_flops
+from optax_matrix._linalg.inverse import inverse_flops, inverse_traffic, spd_inverse
 from tests.linalg.problems import gaussian
 from tests.references import polar as reference
 
@@ -88,6 +88,44 @@ def test_nan_where_it_is_not_positive_definite_and_only_there(parts):
     found = np.asarray(inverse(a, parts))
     np.testing.assert_allclose(found[:, 0], a[:1].repeat(parts, axis=0))
     assert np.isnan(found[:, 1:]).all()
+
+
+@pytest.mark.parametrize("precision, whole", [("highest", 2), (None, 0)])
+def test_parts_factorize_at_the_highest_precision(precision, whole):
+    def text(parts):
+        one = partial(spd_inverse, precision=precision, parts=parts)
+        many = jax.vmap(one, axis_name="parts")
+        return str(jax.make_jaxpr(many)(jnp.ones((8, 16, 16))))
+
+    # Of both operands of the one product, and of those of two panels.
+    assert text(WHOLE).count("Precision.HIGHEST") == whole
+    assert text(WHOLE).count("dot_general") == 1
+    assert text(shared(8)).count("dot_general") == 2
+    assert text(shared(8)).count("Precision.HIGHEST") == 4
+
+
+def test_costs_by_hand():
+    assert inverse_flops(16) == 16**3 // 3 + 3 * 16**3
+    # Two panels of 8: their blocks; 1 row of each product with 8 columns, of which the
+    # first panel has none; 1 row to solve for below; two solves for 2 columns.
+    flops = 2 * (8**3 // 3) + 2 * 1 * 8 * 8 + 1 * 8**2 + 2 * 2 * 16**2
+    assert inverse_flops(16, 8) == flops == 1556
+    # Below the first block, the second block, the inverse, from seven others.
+    moved = 7 * 4 * (1 * 8 + 1 * 8 + 2 * 16)
+    assert inverse_traffic(16, 8, "float32") == (0, 3, moved)
+    assert inverse_traffic(16, 8, "float64") == (0, 3, 2 * moved)
+    # A step also sums a Gram matrix, 2 · 7/8 of it each.
+    told = Halley(steps=3).traffic(16, 40, 8, "float32")
+    assert told == (3, 3 * 3, 3 * (moved + 2 * 7 * 4 * 16 * 16 // 8))
+
+
+@pytest.mark.parametrize(
+    "parts, panels",
+    [(2, 1), (4, 1), (5, 2), (16, 2), (17, 3), (64, 4), (65, 5), (1024, 16)],
+)
+def test_number_of_panels(parts, panels):
+    assert inverse_traffic(4096, parts, "float32").gathers == 2 * panels - 1
+    assert inverse_traffic(1, parts, "float32").gathers == 1
 
 
 @pytest.mark.parametrize("side", [4096, 5120, 8192])
