@@ -48,12 +48,12 @@ OPTIMIZERS = {
     for name in sorted(om.MATRIX_OPTIMIZERS)
 }
 SUBJECTS = TRANSFORMS | OPTIMIZERS
-# Long to compile, and made of stages that others here have as well; of preconditioners
-# one is not slow.
+# Long to compile, and made of stages that others here have as well (adamuon those of
+# hopper, adamh of muonh); of preconditioners one is not slow.
 SLOW = {
     *("kl_soap_precondition", "kl_shampoo_precondition", "kl_soap", "soap_muon"),
     *("shampoo", "distributed_shampoo", "soap", "muonw"),
-    "shampoo_precondition",
+    *("shampoo_precondition", "adamuon", "adamh"),
 }
 
 

@@ -23,7 +23,7 @@ SMALL = configs.resolve(dataclasses.replace(
 MESHES = [
     pytest.param("", "auto", 1, marks=pytest.mark.slow),
     ("data=2,fsdp=4", "auto", 1),
-    ("data=2,fsdp=4", "explicit", 1),
+    pytest.param("data=2,fsdp=4", "explicit", 1, marks=pytest.mark.slow),
     pytest.param("fsdp=8", "auto", 1, marks=pytest.mark.slow),
     pytest.param("data=2,fsdp=2,tensor=2", "auto", 1, marks=pytest.mark.slow),
     ("data=2,fsdp=2,tensor=2", "explicit", 2),

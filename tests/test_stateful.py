@@ -176,10 +176,7 @@ CUT = {
 @pytest.mark.parametrize(
     "rule, stagger, stack_size",
     [
-        *(
-            pytest.param(rule, False, None, marks=() if rule == "one-sided" else SLOW)
-            for rule in CUT
-        ),
+        *(pytest.param(rule, False, None, marks=SLOW) for rule in CUT),
         pytest.param("soap", True, None, marks=SLOW),
         ("shampoo", True, None),
         pytest.param("shampoo", False, 2, marks=SLOW),

@@ -48,7 +48,9 @@ def test_radius_holds_over_10_000_steps():
     np.testing.assert_allclose(norms(end), norms(w), rtol=5e-7)
 
 
-@pytest.mark.parametrize("update_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "update_dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)]
+)
 def test_radius_of_bfloat16_params_holds_to_float32_rounding(update_dtype):
     w = problems.normal((2, 64, 48), dtype="bfloat16")
     w = w * jnp.asarray([2**-6, 3.0], "bfloat16")[:, None, None]
