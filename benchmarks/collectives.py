@@ -7,7 +7,9 @@ Nothing is run and nothing is timed. `compiled` is read from the text of program
 XLA makes for eight simulated CPU devices: the whole of `tx.update`, the state donated,
 every array of it and every gradient sharded as its parameter, where results lie left to
 the compiler. `predicted` is what `describe_placement` says of the orthogonalization of
-large models on meshes that are only described.
+large models on meshes that are only described. `peer_of_models` is the peer's update of
+one layer, compiled for as many simulated devices, times the layers, as it takes every
+leaf by itself; XLA may combine collectives of several layers, so these are at most.
 
 XLA for TPU and GPU goes on to combine collectives and overlaps them with products: the
 numbers say what a partitioning sends, not how many calls or how long it takes there.
@@ -34,6 +36,7 @@ from benchmarks.step_time import PEER, environment
 
 OURS = "ours"
 DEVICES = 8
+MOST_DEVICES = 1024
 WIDTH = 256
 # FLOPs alone, and links as slow as between hosts: see `om.Placement`.
 FLOPS_PER_BYTE = (0, 8000)
@@ -273,6 +276,28 @@ def predict_model(model: Model) -> list[dict[str, Any]]:
     return rows
 
 
+def compile_peer(model: Model) -> list[dict[str, Any]]:
+    """What the peer's update of a whole model is compiled to, from that of a layer."""
+    rows = []
+    for devices in model.devices:
+        how, mesh, spec = model.lie(devices)
+        layer = {name: (shape, spec(name)) for name, shape in model.matrices.items()}
+        case = Case(mesh, layer)
+        even = compiled(PEER, case, None)["dot_flops"] / devices
+        found = compiled(PEER, case, AxisType.Auto)
+        counts = {k: n * model.layers for k, n in found["collectives"].items()}
+        rows.append(
+            {
+                **{"devices": devices, "sharding": how, "layers_compiled": 1},
+                "collectives": counts,
+                "received_bytes": found["received_bytes"] * model.layers,
+                "dot_flops": found["dot_flops"] * model.layers,
+                "flops_over_even": found["dot_flops"] / even,
+            }
+        )
+    return rows
+
+
 def run(out: Path) -> dict[str, Any]:
     """Compiles and predicts everything and writes the file."""
     result: dict[str, Any] = {
@@ -283,6 +308,7 @@ def run(out: Path) -> dict[str, Any]:
         "dtype": "float32",
         "compiled": {},
         "predicted": {},
+        "peer_of_models": {},
     }
     for name, case in cases(WIDTH).items():
         result["compiled"][name] = {
@@ -294,6 +320,8 @@ def run(out: Path) -> dict[str, Any]:
         print(f"{name} is compiled", flush=True)
     for name, model in MODELS.items():
         result["predicted"][name] = predict_model(model)
+        result["peer_of_models"][name] = compile_peer(model)
+        print(f"{name} is predicted", flush=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
@@ -322,14 +350,30 @@ def table(path: str | Path) -> str:
     names = ("model", "devices", "sharding", "method", "FLOPs a byte")
     lines += ["", *_head(*names, *_COSTS)]
     for name, rows in result["predicted"].items():
-        for row in rows:
-            if row["dtype"] != "float32":
-                continue  # Half the bytes, and else the same.
-            cells = [name, str(row["devices"]), row["sharding"], row["method"]]
-            cells.append(f"{row['flops_per_byte']:,}")
-            costs = [f"{row[key] / unit:{form}}" for key, unit, form in _COSTS.values()]
-            lines.append(_row(*cells, *costs))
+        for peer in result["peer_of_models"][name]:
+            lines.append(_peer_line(name, peer))
+            for row in rows:
+                # bfloat16 has half the bytes, and else the same.
+                if row["dtype"] == "float32" and row["devices"] == peer["devices"]:
+                    lines.append(_predicted_line(name, row))
     return "\n".join(lines)
+
+
+def _peer_line(name: str, row: dict[str, Any]) -> str:
+    """A line of the second table, of one compiled layer times the layers."""
+    cells = [name, str(row["devices"]), row["sharding"], PEER, ""]
+    cells += [f"{row['dot_flops'] / 1e9:,.0f}", f"{row['flops_over_even']:.2f}"]
+    cells += [f"≤ {sum(row['collectives'].values()):,} collectives"]
+    cells += [f"{row['received_bytes'] / 2**30:.3g}"]
+    return _row(*cells, *[""] * (len(_COSTS) - 4))
+
+
+def _predicted_line(name: str, row: dict[str, Any]) -> str:
+    """A line of the second table, by formula."""
+    cells = [name, str(row["devices"]), row["sharding"], f"ours, {row['method']}"]
+    cells += [f"{row['flops_per_byte']:,}"]
+    costs = [f"{row[key] / unit:{form}}" for key, unit, form in _COSTS.values()]
+    return _row(*cells, *costs)
 
 
 def _compiled_line(name: str, row: dict[str, Any], least: float) -> str:
@@ -377,7 +421,7 @@ def main() -> None:
     elif args.out:
         # The devices are simulated, also where there are others.
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", DEVICES)
+        jax.config.update("jax_num_cpu_devices", MOST_DEVICES)
         run(args.out)
     else:
         parser.error("one of --out and --table is needed")

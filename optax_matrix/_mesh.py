@@ -37,6 +37,11 @@ def typed(x: Any) -> jax.NamedSharding | None:
     return sharding if _only(sharding.mesh, AxisType.Explicit) else None
 
 
+def inside_shard_map() -> bool:
+    """Whether each device is given its own arrays, of a mesh with manual axes."""
+    return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+
+
 def _only(mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh, kind: AxisType) -> bool:
     return not mesh.empty and all(axis is kind for axis in mesh.axis_types)
 

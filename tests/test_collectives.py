@@ -22,7 +22,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], P
     case = collectives.cases(16)[STACKED]
     few = {name: case.leaves[name] for name in ("q", "up", "down")}
     small = {STACKED: case._replace(leaves=few)}
-    model = collectives.MODELS["7B"]._replace(layers=8, devices=(64,))
+    model = collectives.MODELS["7B"]._replace(layers=8, devices=(8,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collectives, "cases", lambda width: small)
         patch.setattr(collectives, "MODELS", {"small": model})
@@ -107,7 +107,7 @@ def test_a_model_is_predicted(written: tuple[dict[str, Any], Path]) -> None:
     wide, narrow = (found["newton_schulz", dtype, 0] for dtype in dtypes)
     assert wide["exchanged_bytes"] == 2 * narrow["exchanged_bytes"]
     for row in rows:
-        assert row["devices"] == 64 and row["sharding"] == "FSDP 64"
+        assert row["devices"] == 8 and row["sharding"] == "FSDP 8"
         # Parts of Halley solve where whole matrices multiply: 19/3 m³ and not 22/3.
         least = 19 / 22 if row["method"] == "halley" else 1
         assert row["flops_over_even"] >= least
@@ -115,11 +115,31 @@ def test_a_model_is_predicted(written: tuple[dict[str, Any], Path]) -> None:
         assert row["exchanged_bytes"] >= row["least_bytes"] > 0
 
 
+def test_the_peer_of_a_model_is_a_layer_times_the_layers() -> None:
+    matrices = {"up": (16, 64), "down": (64, 16), "q": (16, 16)}
+    model = collectives.MODELS["7B"]._replace(matrices=matrices, devices=(8,))
+    one, three = (
+        collectives.compile_peer(model._replace(layers=layers))[0] for layers in (1, 3)
+    )
+    _, mesh, spec = model.lie(8)
+    leaves = {f"{n}{i}": (s, spec(n)) for i in range(3) for n, s in matrices.items()}
+    whole = collectives.compiled(
+        collectives.PEER, collectives.Case(mesh, leaves), AxisType.Auto
+    )
+    for key in ("received_bytes", "dot_flops"):
+        assert three[key] == whole[key]
+    # XLA combines what is small.
+    for kind, count in whole["collectives"].items():
+        assert one["collectives"][kind] <= count <= three["collectives"][kind]
+    assert three["dot_flops"] == 3 * one["dot_flops"]
+    assert three["flops_over_even"] == one["flops_over_even"] >= 1
+
+
 def test_the_tables_have_a_row_for_everything(
     written: tuple[dict[str, Any], Path],
 ) -> None:
     first, second = collectives.table(written[1]).split("\n\n")
-    for text, rows, cells in ((first, 3, 10), (second, 4, 13)):
+    for text, rows, cells in ((first, 3, 10), (second, 1 + 4, 13)):
         lines = text.splitlines()
         assert len(lines) == 2 + rows
         assert {line.count("|") for line in lines} == {cells + 1}

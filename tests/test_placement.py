@@ -496,6 +496,36 @@ def test_a_capped_group_goes_in_rounds(kind):
     assert memory[1] < memory[3]
 
 
+ROUNDS = """
+import os
+# By default XLA for CPU orders a program for concurrency, and all rounds run abreast.
+os.environ["XLA_FLAGS"] = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+from tests import test_placement as t
+for count in (8, 64):
+    for stack_size in (1, count):
+        print(t.temporary_bytes(count, stack_size))
+"""
+
+
+def temporary_bytes(count, stack_size):
+    mesh = jax.make_mesh(*ONE, (AxisType.Explicit,))
+    tree = described_leaves(many(count, (16, 64), P("x", None)), mesh)
+    tx = om.orthogonalize(NS, placement=om.Placement(tree, stack_size))
+    with jax.set_mesh(mesh):
+        program = compiled(tx, tree)
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def test_rounds_take_the_memory_of_one():
+    eight, _, many_in_rounds, many_at_once = map(
+        int, problems.printed_by(ROUNDS).split()
+    )
+    assert many_in_rounds < 1.2 * eight
+    assert many_at_once > 6 * eight
+
+
 @dataclasses.dataclass(frozen=True)
 class Signs:
     """A method of a user's own, which says nothing about its cost or symmetry."""
@@ -526,11 +556,14 @@ def test_vmap_over_an_ensemble_of_sharded_trees():
         chex.assert_trees_all_close(member, jax.device_get(want), atol=2e-6)
 
 
-def test_inside_a_users_shard_map_nothing_is_spread():
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("told", [True, False])
+def test_inside_a_users_shard_map_nothing_is_spread(kind, told):
     leaves = many(2, (16, 64), P())
     _, want = on_one(leaves)
-    mesh = jax.make_mesh(*ONE, (AxisType.Explicit,))
-    tx = om.orthogonalize(NS)
+    mesh = jax.make_mesh(*ONE, (kind,))
+    rows = NamedSharding(mesh, P("x", None))
+    tx = om.orthogonalize(NS, placement=om.Placement(rows) if told else None)
 
     def body(tree):
         return tx.update(tree, tx.init(tree))[0]

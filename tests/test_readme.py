@@ -1,5 +1,6 @@
 """Every Python block of the README and docs/ runs, one namespace a file."""
 
+import json
 import pathlib
 import re
 
@@ -44,6 +45,25 @@ def test_python_blocks_run(page):
         haiku |= {"embed": {"embeddings": jnp.ones((9, 3))}}
         table = namespace["haiku"].init(haiku).inner_states["matrix"]
         assert [leaf.shape for leaf in jax.tree.leaves(table)] == [(), (3, 4)]
+
+
+def test_the_speeds_are_those_of_the_raw_results():
+    sets = {}
+    for name in ("2026-11-22", "gpt384_2026-11-22"):
+        path = ROOT / "benchmarks" / "results" / f"step_time_{name}.json"
+        sets |= json.loads(path.read_text())["sets"]
+
+    def speed(size, name):
+        return f"{sets[size]['contenders'][name]['speedup']['median']:.1f} times"
+
+    text = " ".join((ROOT / "README.md").read_text().split())
+    small, large = (speed(size, "ours") for size in ("gpt-384", "gpt-768"))
+    assert f"{small} as fast on the 36 matrices" in text
+    assert f"{large} on the 72 of width 768" in text
+    small, large = (speed(size, "ours, Halley") for size in ("gpt-384", "gpt-768"))
+    number = small.removesuffix(" times")
+    assert f"updates differ, {number} and {large}" in text
+    assert f"instead of {number} " in text
 
 
 def test_the_table_is_that_of_the_raw_results():

@@ -108,12 +108,14 @@ class Placement:
     def of(self, tree: Any, as_typed: bool = False) -> list[jax.NamedSharding | None]:
         """The sharding of every leaf of `tree`; None where there is one device.
 
+        Inside of a user's `jax.shard_map` every device has its own leaves.
+
         Args:
           tree: Arrays or their descriptions.
           as_typed: Whether to go by types alone, as state must that is laid out by
             `init` outside of `jax.jit` and taken up by `update` inside.
         """
-        if self.sharding is None:
+        if self.sharding is None or _mesh.inside_shard_map():
             found = _mesh.typed if as_typed else _mesh.seen
             return [found(leaf) for leaf in jax.tree.leaves(tree)]
         matched = _paths.match(self.sharding, tree, "sharding", lambda _: False)

@@ -110,10 +110,13 @@ def _bytes(group: Group) -> tuple[int, float]:
         itemsize = jnp.dtype(lot.batches[0].kind.dtype).itemsize
         # Every slot is sent, also those that are empty at the end of a lot.
         received += lot.slots(w) * slot_bytes(lot.batches[0].unit, w)
-        # In: what its matrices have elsewhere. Out: its piece of all but its own.
-        count = lot.stop - lot.start
-        inward = count / w * lot.piece * (lot.pieces - 1)
-        outward = count * lot.piece * (w - 1) / w
+        # What a device holds of all matrices. In: what its own have elsewhere. Out: its
+        # piece of all but its own. Parts are padded, matrices are not.
+        held = sum(
+            batch.count // batch.parts * math.prod(batch.kind.sizes)
+            for batch in lot.batches
+        )
+        inward, outward = held / w * (lot.pieces - 1), held * (w - 1) / w
         least += (inward + outward) * itemsize
     return received, least
 
