@@ -364,7 +364,7 @@ def _peer_line(name: str, row: dict[str, Any]) -> str:
     cells = [name, str(row["devices"]), row["sharding"], PEER, ""]
     cells += [f"{row['dot_flops'] / 1e9:,.0f}", f"{row['flops_over_even']:.2f}"]
     cells += [f"≤ {sum(row['collectives'].values()):,} collectives"]
-    cells += [f"{row['received_bytes'] / 2**30:.3g}"]
+    cells += [f"{row['received_bytes'] / 2**30:,.0f}"]
     return _row(*cells, *[""] * (len(_COSTS) - 4))
 
 

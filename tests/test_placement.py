@@ -514,8 +514,9 @@ def temporary_bytes(count, stack_size):
     tree = described_leaves(many(count, (16, 64), P("x", None)), mesh)
     tx = om.orthogonalize(NS, placement=om.Placement(tree, stack_size))
     with jax.set_mesh(mesh):
-        program = compiled(tx, tree)
-    return program.memory_analysis().temp_size_in_bytes
+        found = compiled(tx, tree).memory_analysis()
+    assert found is not None
+    return found.temp_size_in_bytes
 
 
 def test_rounds_take_the_memory_of_one():
