@@ -24,9 +24,13 @@ ROOT = Path(__file__).resolve().parents[1]
 MESH, STEPS, MIDDLE = "data=2,fsdp=4", 6, 3
 
 FLAGS = {
-    "layers": 1, "width": 32, "head-dim": 16, "context": 16, "steps": STEPS,
-    "batch-size": 8, "data": pydoc.__file__, "log-every": 1, "val-every": STEPS,
-    "val-windows": 8, "sample": 0, "checkpoint-every": MIDDLE, "optimizer": "muonh",
+    "config": "tiny", "steps": STEPS, "log-every": 1, "val-every": STEPS,
+    "val-windows": 32, "sample": 0, "checkpoint-every": MIDDLE, "optimizer": "muonh",
+}  # fmt: skip
+# SGD, because it compiles fast.
+FAST = {
+    "layers": 1, "width": 32, "head-dim": 16, "context": 16, "batch-size": 8,
+    "data": pydoc.__file__, "optimizer": "sgd", "steps": 100_000,
 }  # fmt: skip
 
 
@@ -149,8 +153,7 @@ def test_two_processes_train_as_one_does_and_one_continues_their_run(tmp_path):
 
 def test_a_signal_to_one_process_ends_both_after_the_same_step(tmp_path):
     folder = tmp_path / "run"
-    # SGD, because it compiles fast.
-    with Pair(folder, steps=100_000, optimizer="sgd") as pair:
+    with Pair(folder, **FAST) as pair:
         limit = time.monotonic() + 400
         while not (folder / "checkpoints" / "12").exists():
             alive = all(process.poll() is None for process in pair.processes)

@@ -29,7 +29,11 @@ class Batches:
         self.size = micro_batch_size(config, mesh)
         rows = dataset.val.fixed(config.val_windows, config.context)
         if len(rows) < self.size:
-            raise ValueError(f"{len(rows)} validation windows fill no micro-batch")
+            raise ValueError(
+                f"{len(rows)} validation windows fill no micro-batch of {self.size}. "
+                f"Raise `val_windows` ({config.val_windows}), lower `batch_size`, or "
+                "give a longer text."
+            )
         # A list of (B, T + 1); what fills no micro-batch is left out.
         starts = range(0, len(rows) - self.size + 1, self.size)
         self.val = [sharding.place_batch(rows[i : i + self.size], mesh) for i in starts]

@@ -4,6 +4,7 @@ All compute and write checkpoints; the first alone prints, records and plots.
 """
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 
@@ -20,6 +21,10 @@ def joined(config: Config) -> Iterator[None]:
     if not config.distributed:
         yield
         return
+    # XLA for CPU waits for other processes in threads of a pool, as many as there are
+    # cores or local devices. If all of them wait, nothing goes on: `tiny` with muonh
+    # hung on two cores. XLA takes the number of cores from this variable.
+    os.environ.setdefault("NPROC", "64")
     jax.distributed.initialize(config.coordinator, config.processes, config.process)
     yield
     # Waits for the others, so not after an error: they may wait for this one.
