@@ -304,6 +304,14 @@ def test_parts_share_a_factorization(count, shape, devices):
     assert hlo.custom_calls(text)["lapack_spotrf_ffi"] == 2 * count
 
 
+def test_the_least_bytes_are_of_matrices_without_padding():
+    # 66 columns are 8 × 9 in parts.
+    total = described(many(3, (16, 66), P("x")), ONE).totals
+    held, inward, outward = 3 * 16 * 66 / 8, 7 / 8, 7 / 8
+    assert total["least_bytes"] == 4 * held * (inward + outward)
+    assert total["exchanged_bytes"] > total["least_bytes"]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_parts_in_half_precision(dtype):
     leaves = many(3, (8, 32), P("x", None))
@@ -594,12 +602,13 @@ def on_many_devices(sides, kind, name, parts):
     counts = exchanges(text)
     assert counts.pop("all-to-all") == 2
     assert counts.get("all-gather", 0) == total["gathers"]
-    assert bool(total["gathers"]) == parts
-    assert all_flops(text) == total["flops"] <= 1.03 * total["even_flops"]
+    assert bool(total["gathers"]) == bool(set(counts)) == parts
+    bound = 1.03 if parts else 1
+    assert all_flops(text) == total["flops"] <= bound * total["even_flops"]
     moved, told = received(text)
     assert moved == total["exchanged_bytes"] == total["least_bytes"]
     # Besides one number is summed for each part, and all is rounded up.
-    assert 0 <= told - total["part_bytes"] <= 100
+    assert 0 <= told - total["part_bytes"] <= (100 if parts else 0)
     print("kept on", jax.device_count())
 
 
