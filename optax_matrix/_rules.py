@@ -1,7 +1,7 @@
-"""The default routing: what Flax's names and shapes say about each leaf.
+"""The default routing rules: what Flax's names and shapes say about each leaf.
 
-A rule either recognises a leaf or narrows down how its axes can be read. Where the
-readings left are several, or none, the leaf is ambiguous: nothing is guessed.
+A rule either recognizes a leaf or limits how its axes can be read. If several readings
+remain, or none, the leaf is ambiguous: the rules never guess.
 """
 
 import functools
@@ -13,14 +13,14 @@ from optax_matrix._layout import MatrixLayout
 
 
 class Leaf(NamedTuple):
-    """What the rules see of a leaf."""
+    """What the rules know about a leaf."""
 
-    names: tuple[str, ...]  # modules from the outside in, then the leaf's own name
+    names: tuple[str, ...]  # modules, outermost first, then the leaf's own name
     shape: tuple[int, ...]
 
 
 class Decision(NamedTuple):
-    """What becomes of a leaf, and why."""
+    """Which optimizer a leaf takes, and why."""
 
     optimizer: Literal["matrix", "auxiliary", "ambiguous"]
     reason: str
@@ -28,7 +28,7 @@ class Decision(NamedTuple):
 
 
 class _Reading(NamedTuple):
-    """Axes as (batch..., inputs..., outputs...): how many are batch and outputs."""
+    """How many axes of (batch..., inputs..., outputs...) are batch and outputs."""
 
     batch: int
     outputs: int
@@ -44,12 +44,14 @@ _TOKENS = {"cls", "token", "tokens"}
 _POSITIONS = {"pos", "position", "positional"}
 _EXPERTS = {"expert", "experts", "moe"}
 _EXPERT_LEAVES = {"w", "wi", "wo", "gate", "up", "down", "in", "out", "proj", "kernel"}
-_ATTENTION_INPUTS = ("query", "key", "value")
+# Modules that together identify attention, and those whose outputs are (heads, width).
+_ATTENTION = (("query", "key", "value"), ("wkv_a", "wkv_b"))
+_HEADED = {"query", "key", "value", "wq_b", "wkv_b"}
 
 
 @functools.cache
 def _tokens(name: str) -> tuple[str, ...]:
-    """The words of a name without its number: ``LayerNorm_0`` is layer, norm."""
+    """Returns the words of a name, numbers dropped: ``LayerNorm_0`` is layer, norm."""
     name = re.sub(r"(_?\d+[dD]?)+$", "", name).replace("MoE", "Moe")
     words = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+", name)
     return tuple(word.lower() for word in words)
@@ -73,7 +75,7 @@ def _is_embedding(name: str) -> bool:
 
 
 def _vector_name(leaf: Leaf) -> str | None:
-    """Why the leaf's own name makes it auxiliary whatever its shape, if it does."""
+    """Returns why a leaf with this name or shape is always auxiliary, or None."""
     name = leaf.names[-1] if leaf.names else ""
     last = _last(name)
     if len(leaf.shape) < 2:
@@ -85,72 +87,138 @@ def _vector_name(leaf: Leaf) -> str | None:
     return None
 
 
+def _is_norm(leaf: Leaf) -> bool:
+    if _last(leaf.names[-1]) == "scale":
+        return True
+    return any(_last(module) in _NORMS for module in leaf.names[-2:-1])
+
+
+def _is_experts(name: str) -> bool:
+    return bool(_EXPERTS & set(_tokens(name)))
+
+
+def _without(shape: tuple[int, ...], stack: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape that the leaf has in a single layer of the stack."""
+    return tuple(size for axis, size in enumerate(shape) if axis not in stack)
+
+
 class _Tree:
-    """The leaves with their ancestors, and the evidence that takes siblings."""
+    """The leaves by module, and the evidence that several leaves give together."""
 
     def __init__(self, leaves: Sequence[Leaf]):
-        self.leaves = leaves
-        self.below: dict[tuple[str, ...], list[Leaf]] = {}
+        self._below: dict[tuple[str, ...], list[Leaf]] = {}
         for leaf in leaves:
             for depth in range(len(leaf.names)):
-                self.below.setdefault(leaf.names[:depth], []).append(leaf)
-        self._stacks: dict[tuple[str, ...], int | None] = {}
+                self._below.setdefault(leaf.names[:depth], []).append(leaf)
+        self._stacks = {module: self._find_stack(module) for module in self._below}
 
     def sibling(self, leaf: Leaf, name: str) -> tuple[int, ...] | None:
-        """The shape of a leaf in the same module."""
-        for other in self.below[leaf.names[:-1]]:
+        """Returns the shape of the leaf called `name` in the same module."""
+        for other in self._below[leaf.names[:-1]]:
             if other.names == (*leaf.names[:-1], name):
                 return other.shape
         return None
 
-    def has_attention(self, leaf: Leaf) -> bool:
-        """Whether query, key and value lie beside the leaf's module."""
-        beside = leaf.names[:-2]
-        return all((*beside, name) in self.below for name in _ATTENTION_INPUTS)
+    def in_attention(self, leaf: Leaf) -> bool:
+        """Returns whether the leaf's module and its neighbors form an attention."""
+        parent = leaf.names[:-2]
+        return any(
+            all((*parent, name) in self._below for name in names)
+            for names in _ATTENTION
+        )
+
+    def in_experts(self, leaf: Leaf) -> bool:
+        """Returns whether a module of experts contains the leaf.
+
+        An outer module with norms does not count: ``moe_layers`` contains whole layers.
+        """
+        modules = leaf.names[:-1]
+        return any(
+            _is_experts(name)
+            and (depth == len(modules) or not self._norms(modules[:depth]))
+            for depth, name in enumerate(modules, start=1)
+        )
+
+    def is_gate(self, leaf: Leaf) -> bool:
+        """Returns whether a kernel chooses among the experts beside it.
+
+        Such a kernel has one output per expert; in an expert, ``gate`` is a projection.
+        """
+        parent, module, name = leaf.names[:-2], leaf.names[-2:-1], leaf.names[-1]
+        if name != "kernel" or not parent or not _is_experts(parent[-1]):
+            return False
+        stack, _ = self.stack(leaf)
+        beside = [_without(other.shape, stack) for other in self._below[parent]]
+        experts = {shape[0] for shape in beside if len(shape) == 3}
+        shape = _without(leaf.shape, stack)
+        return _last(module[0]) == "gate" and len(shape) == 2 and shape[1] in experts
 
     def expert_batches(self, leaf: Leaf) -> int:
-        """How many different leading shapes the module's own 3-D leaves have."""
-        depth = len(leaf.names)
-        beside = self.below[leaf.names[:-1]]
-        shapes = [one.shape for one in beside if len(one.names) == depth]
+        """Returns how many different batch shapes the module's own leaves have."""
+        depth, (stack, _) = len(leaf.names), self.stack(leaf)
+        beside = self._below[leaf.names[:-1]]
+        shapes = [
+            _without(one.shape, stack) for one in beside if len(one.names) == depth
+        ]
         return len({shape[:-2] for shape in shapes if len(shape) > 2})
 
-    def matrices_below(self, ancestor: tuple[str, ...]) -> int:
-        """How many leaves below are not vectors by name or shape."""
-        return sum(_vector_name(leaf) is None for leaf in self.below[ancestor])
+    def matrices_below(self, module: tuple[str, ...]) -> int:
+        """Returns how many leaves below are not vectors by name or shape."""
+        return sum(_vector_name(leaf) is None for leaf in self._below[module])
 
-    def _stack_below(self, ancestor: tuple[str, ...]) -> int | None:
-        """Leading axes all leaves below share, by its norms; None if they disagree."""
-        if ancestor in self._stacks:
-            return self._stacks[ancestor]
-        leaves = self.below[ancestor]
-        norms = [
-            len(leaf.shape)
-            for leaf in leaves
-            if _last(leaf.names[-1]) == "scale"
-            or (len(leaf.names) > 1 and _last(leaf.names[-2]) in _NORMS)
-        ]
-        stack = max(min(norms, default=1) - 1, 0)
-        if stack and (
-            len(leaves) < 2 or len({leaf.shape[:stack] for leaf in leaves}) > 1
-        ):
-            result = None
-        else:
-            result = stack
-        self._stacks[ancestor] = result
-        return result
+    def stack(self, leaf: Leaf) -> tuple[tuple[int, ...], str]:
+        """Returns the stack axes of the leaf, and an objection or an empty string.
 
-    def stack(self, leaf: Leaf) -> tuple[int, bool]:
-        """Leading stack axes by norms around the leaf, and whether norms object.
-
-        They object where the nearest ones have axes of a stack that does not lead, as
-        with `flax.linen.scan(variable_axes={"params": 1})`.
+        Norms in the modules around the leaf give the axes. The module with the most
+        axes decides, and among equals the outermost, where the most leaves agree. Norms
+        object if they have axes of a stack, but none that the leaves share.
         """
-        stacks = [
-            self._stack_below(leaf.names[:depth]) for depth in range(len(leaf.names))
+        around = [leaf.names[:depth] for depth in range(len(leaf.names))]
+        stack = max((self._stacks[module] or () for module in around), key=len)
+        objecting = [module for module in around if self._stacks[module] is None]
+        if stack or not objecting:
+            return stack, ""
+        return (), (
+            f"norms in '{'/'.join(objecting[-1])}' are stacked, but not on axis 0 or "
+            "another axis that all leaves in it share"
+        )
+
+    def _norms(self, module: tuple[str, ...]) -> list[Leaf]:
+        return [leaf for leaf in self._below[module] if _is_norm(leaf)]
+
+    def _find_stack(self, module: tuple[str, ...]) -> tuple[int, ...] | None:
+        """Returns the stack axes of all leaves below, or None if norms show no place.
+
+        The scale of a norm has one axis, its width. If every norm below has more, all
+        but one are axes of a stack, on which all leaves below have the same sizes. If
+        several axes qualify, leading axes are preferred.
+
+        Axes that do not lead need more evidence, because in the scale (heads, head_dim)
+        of a norm per head, head_dim may look like a stack: some width must differ from
+        the sizes of the stack and be found again in a leaf that is not a norm.
+        """
+        leaves, norms = self._below[module], self._norms(module)
+        norm = min((leaf.shape for leaf in norms), key=len, default=())
+        depth = len(norm) - 1
+        if depth < 1:
+            return ()
+        shared = [
+            axis
+            for axis, size in enumerate(norm)
+            if all(leaf.shape[axis : axis + 1] == (size,) for leaf in leaves)
         ]
-        found = max((stack for stack in stacks if stack), default=0)
-        return found, not found and None in stacks
+        stack = tuple(shared[:depth])
+        if len(stack) < depth:
+            return None
+        if stack == tuple(range(depth)):
+            return stack
+
+        def widths(leaves: list[Leaf]) -> set[int]:
+            return {size for leaf in leaves for size in _without(leaf.shape, stack)}
+
+        others = [leaf for leaf in leaves if not _is_norm(leaf)]
+        common = widths(norms) & widths(others) - {norm[axis] for axis in stack}
+        return stack if common else None
 
 
 def _all_readings(ndim: int) -> set[_Reading]:
@@ -161,17 +229,18 @@ def _all_readings(ndim: int) -> set[_Reading]:
     }
 
 
-def _named_readings(leaf: Leaf, tree: _Tree) -> tuple[list[_Reading], str]:
-    """Readings the module's name allows, the likeliest first; [] if it says nothing."""
-    ndim = len(leaf.shape)
-    modules = leaf.names[:-1]
+def _named_readings(leaf: Leaf, ndim: int, tree: _Tree) -> tuple[list[_Reading], str]:
+    """Returns the readings that the module's name allows, the likeliest first, and why.
+
+    Both are empty if the name says nothing. `ndim` does not count stack axes.
+    """
+    module = leaf.names[-2] if len(leaf.names) > 1 else ""
     last_two = _Reading(ndim - 2, 1)
-    if any(_EXPERTS & set(_tokens(name)) for name in modules):
+    if tree.in_experts(leaf):
         return [last_two], "expert stack"
-    module = modules[-1] if modules else ""
-    if module in _ATTENTION_INPUTS and tree.has_attention(leaf):
+    if module in _HEADED and tree.in_attention(leaf):
         return [_Reading(ndim - 3, 2), last_two], "attention projection"
-    if module == "out" and tree.has_attention(leaf):
+    if module == "out" and tree.in_attention(leaf):
         return [_Reading(ndim - 3, 1), last_two], "attention output"
     tokens = set(_tokens(module))
     if "conv" in tokens:
@@ -184,7 +253,7 @@ def _named_readings(leaf: Leaf, tree: _Tree) -> tuple[list[_Reading], str]:
 def _bias_readings(
     kernel: tuple[int, ...], bias: tuple[int, ...], readings: set[_Reading]
 ) -> set[_Reading]:
-    """Readings whose (batch..., outputs...) is the bias's shape."""
+    """Returns the readings whose (batch..., outputs...) is the shape of the bias."""
     return {
         reading
         for reading in readings
@@ -192,43 +261,47 @@ def _bias_readings(
     }
 
 
-def _as_layout(reading: _Reading, ndim: int) -> MatrixLayout:
-    def side(start: int, stop: int) -> int | tuple[int, ...]:
-        axes = tuple(range(start - ndim, stop - ndim))
-        return start - ndim if len(axes) == 1 else axes
+def _as_layout(reading: _Reading, ndim: int, stack: tuple[int, ...]) -> MatrixLayout:
+    """Returns the layout of a leaf, stack axes included."""
+    axes = _without(tuple(range(-ndim, 0)), stack)
 
-    middle = ndim - reading.outputs
-    return MatrixLayout(side(reading.batch, middle), side(middle, ndim))
+    def side(start: int, stop: int) -> int | tuple[int, ...]:
+        return axes[start] if stop - start == 1 else axes[start:stop]
+
+    middle = len(axes) - reading.outputs
+    return MatrixLayout(side(reading.batch, middle), side(middle, len(axes)))
 
 
 def _read_kernel(leaf: Leaf, tree: _Tree) -> Decision:
-    """Reads a Flax kernel, (batch..., inputs..., outputs...)."""
-    ndim = len(leaf.shape)
+    """Reads a Flax kernel: (batch..., inputs..., outputs...) in every layer."""
     stack, objection = tree.stack(leaf)
-    if ndim == 2:
+    shape = _without(leaf.shape, stack)
+    if len(leaf.shape) == 2:
         if stack:
-            return Decision(
-                "ambiguous", "contradictory: its norms say axis 0 is a stack"
-            )
+            stacked = " and ".join(f"axis {axis} is a stack" for axis in stack)
+            return Decision("ambiguous", f"contradictory: its norms say {stacked}")
         return Decision("matrix", "kernel", MatrixLayout())
 
-    readings = _all_readings(ndim)
+    readings = _all_readings(len(shape))
     evidence = []
-    named, kind = _named_readings(leaf, tree)
+    named, kind = _named_readings(leaf, len(shape), tree)
     if named:
         readings &= set(named)
         evidence.append(f"module '{leaf.names[-2]}' ({kind})")
     bias = tree.sibling(leaf, "bias")
     if bias is not None:
-        readings = _bias_readings(leaf.shape, bias, readings)
+        readings = _bias_readings(shape, _without(bias, stack), readings)
         evidence.append(f"bias {bias}")
     if stack:
-        readings = {reading for reading in readings if reading.batch >= stack}
-        evidence.append(f"norms stacked {leaf.shape[:stack]}")
-        exact = {reading for reading in readings if reading.batch == stack}
-        readings = exact or readings
+        sizes = tuple(leaf.shape[axis] for axis in stack)
+        places = " and ".join(f"axis {axis}" for axis in stack)
+        leading = stack == tuple(range(len(stack)))
+        evidence.append(f"norms stacked {sizes}" + ("" if leading else f" on {places}"))
+        # The norms show the whole batch, unless other evidence excludes that.
+        readings = {one for one in readings if one.batch == 0} or readings
     if not evidence:
-        return Decision("ambiguous", "no name, bias or norm says how to read its axes")
+        unknown = "no name, bias or norm says how to read its axes"
+        return Decision("ambiguous", objection or unknown)
     told = ", ".join(evidence)
     if not readings:
         return Decision("ambiguous", f"contradictory: {told}")
@@ -237,9 +310,25 @@ def _read_kernel(leaf: Leaf, tree: _Tree) -> Decision:
     if len(readings) > 1:
         return Decision("ambiguous", f"several readings fit: {told}")
     (reading,) = readings
-    if objection and bias is None and kind != "expert stack":
-        return Decision("ambiguous", f"norms stacked, but not on axis 0; {told}")
-    return Decision("matrix", f"kernel: {told}", _as_layout(reading, ndim))
+    if objection and not (named and bias is not None):
+        return Decision("ambiguous", f"{objection}; {told}")
+    layout = _as_layout(reading, len(leaf.shape), stack)
+    return Decision("matrix", f"kernel: {told}", layout)
+
+
+def _read_experts(leaf: Leaf, tree: _Tree) -> Decision:
+    """Reads a leaf like ``moe/wi``: (experts, inputs, outputs) in every layer."""
+    name, words = leaf.names[-1], set(_tokens(leaf.names[-1]))
+    stack, objection = tree.stack(leaf)
+    ndim = len(leaf.shape) - len(stack)
+    if ndim < 3 or not words or not words <= _EXPERT_LEAVES:
+        return Decision("ambiguous", f"no rule knows a leaf named '{name}'")
+    if tree.expert_batches(leaf) > 1:
+        return Decision("ambiguous", "expert stacks of different batch axes")
+    if objection:
+        return Decision("ambiguous", objection)
+    layout = _as_layout(_Reading(ndim - 2, 1), len(leaf.shape), stack)
+    return Decision("matrix", f"expert stack: leaf named '{name}'", layout)
 
 
 def _decide(leaf: Leaf, tree: _Tree) -> Decision:
@@ -258,7 +347,7 @@ def _decide(leaf: Leaf, tree: _Tree) -> Decision:
             return Decision(
                 "ambiguous", f"one of several matrices in module '{ancestor}'"
             )
-    if _last(module) == "router" or _last(name) == "router":
+    if _last(module) == "router" or _last(name) == "router" or tree.is_gate(leaf):
         return Decision("auxiliary", "router")
     if _last(module) in _NORMS:
         if name == "kernel":
@@ -266,23 +355,16 @@ def _decide(leaf: Leaf, tree: _Tree) -> Decision:
         return Decision("auxiliary", f"norm: module '{module}'")
     if name == "kernel":
         return _read_kernel(leaf, tree)
-    if (
-        len(leaf.shape) >= 3
-        and any(_EXPERTS & set(_tokens(ancestor)) for ancestor in modules)
-        and _tokens(name)
-        and set(_tokens(name)) <= _EXPERT_LEAVES
-    ):
-        if tree.expert_batches(leaf) > 1:
-            return Decision("ambiguous", "expert stacks of different batch axes")
-        return Decision("matrix", f"expert stack: leaf named '{name}'", MatrixLayout())
+    if tree.in_experts(leaf):
+        return _read_experts(leaf, tree)
     return Decision("ambiguous", f"no rule knows a leaf named '{name}'")
 
 
 def decide(leaves: Sequence[Leaf]) -> list[Decision]:
-    """Decides every leaf of a tree by the default rules.
+    """Applies the default rules to every leaf of a tree.
 
     Args:
-      leaves: All leaves of the tree: siblings are evidence.
+      leaves: All leaves of the tree, because leaves are evidence for one another.
 
     Returns:
       One decision per leaf, in order.

@@ -119,8 +119,31 @@ def test_linen_scanned_transformer(use_bias):
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
+def test_linen_layers_scanned_on_axis_1(use_bias):
+    leading, second = (
+        models.linen_shapes(
+            models.LinenTransformer(use_bias, scan_axis=axis), models.tokens()
+        )
+        for axis in (0, 1)
+    )
+    assert matrices(second) == matrices(leading)
+
+    def same_stacks(layout, want, leaf):
+        if want == "auxiliary":
+            return
+        moved = jnp.moveaxis(leaf, 0, 1)
+        (got,) = _layout.view(moved.shape, layout).to_stacks(moved)
+        (stack,) = _layout.view(leaf.shape, want).to_stacks(leaf)
+        np.testing.assert_array_equal(got, stack)
+
+    layouts, wants = route(second), route(leading)
+    leaves = models.filled(leading["layers"])
+    jax.tree.map(same_stacks, layouts["layers"], wants["layers"], leaves)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
 def test_linen_layers_scanned_on_another_axis_are_not_guessed(use_bias):
-    model = models.LinenTransformer(use_bias, scan_axis=1)
+    model = models.LinenTransformer(use_bias, scan_axis=-1)
     params = models.linen_shapes(model, models.tokens())
     with pytest.raises(ValueError, match="cannot tell") as error:
         route(params)
@@ -161,6 +184,126 @@ def test_linen_modules_with_several_matrices():
     assert found["Dense_0/kernel"] == (1, 4, 5)
     assert sum(path.startswith("GRUCell_0") for path in found) == 6
     assert len(found) == 8
+
+
+# --- MaxText's trees, by the names and shapes of its releases ---
+
+# A leaf of one layer, one letter per axis: (batch) (inputs)>(outputs), or auxiliary.
+SIZES = {"v": 50, "d": 16, "f": 24, "h": 4, "g": 2, "k": 3, "e": 5, "s": 7}
+SIZES |= {"q": 8, "r": 6, "a": 9, "b": 11, "L": 4}  # as many layers as heads
+
+
+def norms(*names):
+    return {f"{name}/scale": "d" for name in names}
+
+
+def inside(module, leaves):
+    return {f"{module}/{name}": spec for name, spec in leaves.items()}
+
+
+NORMS = norms("pre_self_attention_layer_norm", "post_self_attention_layer_norm")
+ATTENTION = {
+    "self_attention/query/kernel": "d>hk",
+    "self_attention/key/kernel": "d>gk",
+    "self_attention/value/kernel": "d>gk",
+    "self_attention/out/kernel": "hk>d",
+}
+ATTENTION_BIASES = {
+    "self_attention/query/bias": "hk",
+    "self_attention/key/bias": "gk",
+    "self_attention/value/bias": "gk",
+}
+QK_NORMS = {f"self_attention/{name}_norm/scale": "k" for name in ("query", "key")}
+MLA = {
+    "self_attention/wkv_a/kernel": "d>a",
+    "self_attention/kv_norm/scale": "r",
+    "self_attention/wkv_b/kernel": "r>hb",
+    "self_attention/out/kernel": "hk>d",
+}
+QUERY = {"self_attention/query/kernel": "d>hk"}
+LOW_RANK_QUERY = {
+    "self_attention/wq_a/kernel": "d>q",
+    "self_attention/q_norm/scale": "q",
+    "self_attention/wq_b/kernel": "q>hk",
+}
+MLP = {"mlp/wi_0/kernel": "d>f", "mlp/wi_1/kernel": "d>f", "mlp/wo/kernel": "f>d"}
+EXPERTS = {"gate/kernel": "de", "wi_0": "e d>f", "wi_1": "e d>f", "wo": "e f>d"}
+SHARED = {"wi_0/kernel": "d>s", "wi_1/kernel": "d>s", "wo/kernel": "s>d"}
+DEEPSEEK_MOE = inside(
+    "DeepSeekMoeBlock_0",
+    inside("MoeBlock_0", EXPERTS) | inside("shared_experts", SHARED),
+)
+GEMMA = norms("pre_self_attention_norm", "pre_ffw_norm") | ATTENTION | MLP
+MAXTEXT = {
+    "llama2": {"layers": NORMS | ATTENTION | MLP},
+    "qwen2": {"layers": NORMS | ATTENTION | ATTENTION_BIASES | MLP},
+    "qwen3": {"layers": NORMS | ATTENTION | QK_NORMS | MLP},
+    "qwen3_moe": {
+        "layers": NORMS | ATTENTION | QK_NORMS | inside("moe_block", EXPERTS)
+    },
+    "gemma": {"layers": GEMMA},
+    "gemma2": {
+        "layers": {
+            name.replace("/", f"_{kind}/", 1): spec
+            for kind in ("local", "global")
+            for name, spec in GEMMA.items()
+        }
+    },
+    "gemma3": {
+        "layers": inside("layers_0", GEMMA | QK_NORMS)
+        | inside("layers_1", GEMMA | QK_NORMS)
+    },
+    "mixtral": {"layers": NORMS | ATTENTION | inside("MoeBlock_0", EXPERTS)},
+    "deepseek2": {
+        "dense_layers": NORMS | MLA | QUERY | MLP,
+        "moe_layers": NORMS | MLA | QUERY | DEEPSEEK_MOE,
+    },
+    "deepseek3": {
+        "dense_layers": NORMS | MLA | LOW_RANK_QUERY | MLP,
+        "moe_layers": NORMS | MLA | LOW_RANK_QUERY | DEEPSEEK_MOE,
+    },
+}
+
+
+def maxtext(family, scan_axis):
+    """Shapes by path, and what to expect there: "auxiliary" or (inputs, outputs)."""
+    specs = {"token_embedder/embedding": ("vd", None)}
+    specs["decoder/decoder_norm/scale"] = ("d", None)
+    if "gemma" not in family:
+        specs["decoder/logits_dense/kernel"] = ("dv", None)
+    for layers, leaves in MAXTEXT[family].items():
+        # Some layers of a scanned model may not be part of the scan.
+        modules = {f"{layers}_0": None, f"{layers}_remainder/layers_0": None}
+        if scan_axis is not None:
+            modules[layers] = scan_axis
+        for module, axis in modules.items():
+            for name, spec in leaves.items():
+                specs[f"decoder/{module}/{name}"] = (spec, axis)
+    shapes, want = {}, {}
+    for path, (spec, axis) in specs.items():
+        letters = [letter for letter in spec if letter.isalpha()]
+        if axis is not None:
+            letters.insert(axis, "L")
+        shapes[path] = tuple(SIZES[letter] for letter in letters)
+        want[path] = "auxiliary"
+        if ">" in spec:
+            sides = spec.split()[-1].split(">")
+            want[path] = tuple(tuple(map(letters.index, side)) for side in sides)
+    return shapes, want
+
+
+@pytest.mark.parametrize("scan_axis", [None, 0, 1])
+@pytest.mark.parametrize("family", MAXTEXT)
+def test_maxtext(family, scan_axis):
+    shapes, want = maxtext(family, scan_axis)
+    params = zeros(**{path.replace("/", "__"): shapes[path] for path in shapes})
+    flat, _ = jax.tree_util.tree_flatten_with_path(route(params))
+    got = {_paths.path_name(path): layout for path, layout in flat}
+    for path, layout in got.items():
+        if layout != "auxiliary":
+            view = _layout.view(shapes[path], layout)
+            got[path] = (view.inputs, view.outputs)
+    assert got == want
 
 
 # --- NNX ---
@@ -248,6 +391,31 @@ def test_norm_modules_are_auxiliary_whatever_the_leaf(module):
         ({"b__Dense_0__kernel": (5, 4, 6)}, (5, 4, 6)),
         ({"b__linear1__kernel": (2, 5, 4, 6)}, (10, 4, 6)),
         ({"b__up__kernel": (5, 4, 6), "b__ln__scale": (5, 4)}, (5, 4, 6)),
+        # On axis 1, because the leading axes of the two kernels differ; a bias agrees.
+        (
+            {"b__fc__kernel": (4, 5, 6), "b__proj__kernel": (6, 5, 4)}
+            | {"b__fc__bias": (6, 5), "b__ln__scale": (4, 5)},
+            (5, 4, 6),
+        ),
+        # The leaves of the inner module alone would fit a stack on axis 0.
+        (
+            {"b__a__fc__kernel": (4, 5, 6), "b__a__ln__scale": (4, 5)}
+            | {"b__proj__kernel": (6, 5, 4)},
+            (5, 4, 6),
+        ),
+        # On axis 1 twice: a scan within a scan.
+        (
+            {"b__fc__kernel": (4, 2, 5, 6), "b__proj__kernel": (6, 2, 5, 4)}
+            | {"b__ln__scale": (4, 2, 5)},
+            (10, 4, 6),
+        ),
+        # A scan on axis 1 around a scan on axis 0.
+        (
+            {"b__a__fc__kernel": (5, 2, 4, 6), "b__a__proj__kernel": (5, 2, 6, 4)}
+            | {"b__a__ln__scale": (5, 2, 4), "b__ln__scale": (3, 2)}
+            | {"b__fc__kernel": (3, 2, 7), "b__proj__kernel": (7, 2, 3)},
+            (10, 4, 6),
+        ),
         # Stacked twice.
         ({"b__up__kernel": (2, 5, 4, 6), "b__ln__scale": (2, 5, 4)}, (10, 4, 6)),
         # The stack as large as the input: the bias fits both ways, a norm decides.
@@ -273,6 +441,19 @@ def test_norm_modules_are_auxiliary_whatever_the_leaf(module):
         ({"b__MoE_0__Dense_0__kernel": (5, 7, 4, 6)}, (35, 4, 6)),
         ({"b__experts__up_proj": (5, 7, 4, 6)}, (35, 4, 6)),
         ({"b__moe__w1": (7, 4, 6), "b__moe__w2": (7, 6, 4)}, (7, 4, 6)),
+        (
+            {"moe__w1": (7, 4, 6), "moe__w2": (7, 6, 4), "moe__ln__scale": (4,)},
+            (7, 4, 6),
+        ),
+        (
+            {"b__moe__wi": (7, 2, 5, 4, 6), "b__moe__expert_scale": (7, 2, 5)}
+            | {"b__ln__scale": (4, 2, 5)},
+            (70, 4, 6),
+        ),
+        # `gate` is a router only where its outputs are the experts.
+        ({"moe__gate__kernel": (4, 6), "moe__wi": (7, 4, 6)}, (1, 4, 6)),
+        ({"moe__wi__kernel": (7, 4, 7), "moe__gate__kernel": (7, 4, 7)}, (7, 4, 7)),
+        ({"mlp__gate__kernel": (4, 7), "mlp__linear1__kernel": (7, 4, 6)}, (1, 4, 7)),
     ],
 )
 def test_evidence_for_kernels_of_many_axes(shapes, want):
@@ -280,6 +461,12 @@ def test_evidence_for_kernels_of_many_axes(shapes, want):
     if want is None:  # one matrix per position
         want = (9, 4, 6)
     assert next(iter(found.values())) == want
+
+
+def test_the_gate_of_experts_is_a_router():
+    for wi in ("moe__wi", "moe__experts__wi__kernel"):
+        params = zeros(**{wi: (7, 4, 6), "moe__gate__kernel": (4, 7)})
+        assert matrices(params) == {wi.replace("__", "/"): (7, 4, 6)}
 
 
 def test_dense_attention_projections_are_told_from_headed_ones():
@@ -315,10 +502,47 @@ def test_dense_attention_projections_are_told_from_headed_ones():
         ),
         ({"b__kernel": (5, 4), "b__ln__scale": (5, 4)}, "axis 0 is a stack"),
         (
+            {"b__kernel": (7, 5), "b__up__kernel": (4, 5, 6), "b__ln__scale": (4, 5)},
+            "axis 1 is a stack",
+        ),
+        (
+            {"b__kernel": (2, 5, 4), "b__ln__scale": (2, 5, 4)},
+            r"contradictory: norms stacked \(2, 5\)",
+        ),
+        (
             {"b__a__kernel": (5, 4, 2, 3), "b__ln__scale": (5, 4)},
             "several readings fit: norms stacked",
         ),
         ({"b__Dense_0__kernel": (4, 5, 6), "b__ln__scale": (3, 5)}, "not on axis 0"),
+        (
+            {"b__Dense_0__kernel": (4, 5, 6), "b__Dense_1__kernel": (6, 7, 4)}
+            | {"b__ln__scale": (4, 5)},
+            "norms in 'b' are stacked, but not on axis 0",
+        ),
+        (
+            {"b__up__kernel": (4, 5, 6), "b__down__kernel": (6, 4)}
+            | {"b__ln__scale": (4, 5)},
+            "norms in 'b' are stacked, but not on axis 0",
+        ),
+        # A norm per head, as many heads as head_dim: no stack on axis 1.
+        (
+            {
+                f"b__attn__{name}__kernel": (8, 4, 4)
+                for name in ("query", "key", "value")
+            }
+            | {"b__attn__query_norm__scale": (4, 4), "b__ln__scale": (8,)},
+            "norms in 'b/attn' are stacked, but not on axis 0",
+        ),
+        # Layers on the last axis, where a bias or the name of experts would mislead.
+        (
+            {"b__up__kernel": (4, 6, 5), "b__up__bias": (6, 5), "b__ln__scale": (4, 5)},
+            "not on axis 0",
+        ),
+        ({"b__moe__wi": (7, 4, 6, 5), "b__ln__scale": (4, 5)}, "not on axis 0"),
+        (
+            {"b__moe__Dense_0__kernel": (7, 4, 6, 5), "b__ln__scale": (4, 5)},
+            "not on axis 0",
+        ),
         ({"LayerNorm_0__kernel": (4, 6)}, "a kernel in module 'LayerNorm_0'"),
         (
             {"head__Dense_0__kernel": (4, 6), "head__Dense_1__kernel": (6, 2)},
