@@ -151,7 +151,7 @@ class _Tree:
         beside = [_without(other.shape, stack) for other in self._below[parent]]
         experts = {shape[0] for shape in beside if len(shape) == 3}
         shape = _without(leaf.shape, stack)
-        return _last(module[0]) == "gate" and len(shape) == 2 and shape[1] in experts
+        return _last(module[0]) == "gate" and len(shape) == 2 and shape[-1] in experts
 
     def expert_batches(self, leaf: Leaf) -> int:
         """Returns how many different batch shapes the module's own leaves have."""

@@ -136,6 +136,9 @@ def test_linen_layers_scanned_on_axis_1(use_bias):
         (stack,) = _layout.view(leaf.shape, want).to_stacks(leaf)
         np.testing.assert_array_equal(got, stack)
 
+    for row in describe(second).rows:
+        is_stacked = row.path.startswith("layers") and row.optimizer == "matrix"
+        assert row.reason.endswith("norms stacked (5,) on axis 1") == is_stacked
     layouts, wants = route(second), route(leading)
     leaves = models.filled(leading["layers"])
     jax.tree.map(same_stacks, layouts["layers"], wants["layers"], leaves)
@@ -427,6 +430,18 @@ def test_norm_modules_are_auxiliary_whatever_the_leaf(module):
             },
             (5, 5, 6),
         ),
+        # The bias fits both ways, but the norms show the whole batch.
+        (
+            {"b__up__kernel": (2, 5, 5, 6), "b__up__bias": (2, 5, 6)}
+            | {"b__ln__scale": (2, 5)},
+            (2, 5, 30),
+        ),
+        # In the stack, the norms of attention have an axis of heads.
+        (
+            {f"b__attn__{x}__kernel": (5, 8, 2, 3) for x in ("query", "key", "value")}
+            | {"b__attn__query_norm__scale": (5, 2, 3), "b__ln__scale": (5, 8)},
+            (5, 8, 6),
+        ),
         # DenseGeneral, either way, stacked and with several inputs.
         ({"b__mix__kernel": (4, 2, 3), "b__mix__bias": (2, 3)}, (1, 4, 6)),
         ({"b__mix__kernel": (2, 3, 4), "b__mix__bias": (4,)}, (1, 6, 4)),
@@ -452,7 +467,8 @@ def test_norm_modules_are_auxiliary_whatever_the_leaf(module):
         ),
         # `gate` is a router only where its outputs are the experts.
         ({"moe__gate__kernel": (4, 6), "moe__wi": (7, 4, 6)}, (1, 4, 6)),
-        ({"moe__wi__kernel": (7, 4, 7), "moe__gate__kernel": (7, 4, 7)}, (7, 4, 7)),
+        ({"moe__up__kernel": (4, 7), "moe__wi": (7, 4, 6)}, (1, 4, 7)),
+        ({"moe__gate__kernel": (7, 4, 7), "moe__wi__kernel": (7, 6, 7)}, (7, 4, 7)),
         ({"mlp__gate__kernel": (4, 7), "mlp__linear1__kernel": (7, 4, 6)}, (1, 4, 7)),
     ],
 )
@@ -556,6 +572,7 @@ def test_dense_attention_projections_are_told_from_headed_ones():
         ({"a__lora_a": (4, 6)}, "no rule knows a leaf named 'lora_a'"),
         ({"experts__weight": (7, 4, 6)}, "no rule knows a leaf named 'weight'"),
         ({"moe__gate": (4, 7)}, "no rule knows a leaf named 'gate'"),
+        ({"b__moe__gate": (5, 4, 7), "b__ln__scale": (5, 4)}, "leaf named 'gate'"),
         (
             {"moe__gate": (5, 4, 7), "moe__wi": (5, 7, 4, 6)},
             "expert stacks of different batch axes",
