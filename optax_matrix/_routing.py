@@ -1,4 +1,4 @@
-"""Which leaf takes which optimizer, and the table that shows it."""
+"""Routes every leaf to the matrix or the auxiliary optimizer, and prints the result."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ import optax
 from optax_matrix import _layout, _paths, _rules, _table
 from optax_matrix._layout import MatrixLayout, MuonDimensionNumbers
 
-# What a predicate or a tree of labels may say of a leaf.
+# What a predicate returns for a leaf, and what a tree of labels holds for it.
 Label: TypeAlias = MatrixLayout | MuonDimensionNumbers | bool | str | None
 # None (the default rules), a predicate on (path, leaf), or a pytree (prefix) of labels.
 Routing: TypeAlias = Callable[[str, Any], Label] | Label | Any
@@ -30,7 +30,7 @@ def _is_entry(node: Any) -> bool:
 
 
 def _from_label(label: Any, reason: str, path: str) -> _rules.Decision:
-    """The decision a label states; None is auxiliary, as in `optax.contrib.muon`."""
+    """Converts a label to a decision; None is auxiliary, as in `optax.contrib.muon`."""
     if isinstance(label, MatrixLayout | MuonDimensionNumbers):
         return _rules.Decision("matrix", reason, _layout.as_layout(label))
     if isinstance(label, np.bool_):  # what a comparison of NumPy values returns
@@ -68,25 +68,25 @@ def _by_tree(routing: Any, params: Any) -> list[_rules.Decision]:
     decisions = []
     for place, label, prefix in _paths.match(routing, params, "routing", _is_entry):
         if isinstance(label, optax.MaskedNode):
-            label = None  # as in the tree `partition` hands on
+            label = None  # as in the tree of layouts that `partition` makes
         decision = _from_label(label, "routing tree", place.name)
-        # A label for a whole module means its matrices.
-        below = prefix and len(_shape(place.leaf)) < 2
-        if decision.optimizer == "matrix" and below:
+        # A label for a whole module applies to the module's matrices only.
+        is_vector = prefix and len(_shape(place.leaf)) < 2
+        if decision.optimizer == "matrix" and is_vector:
             decision = _rules.Decision("auxiliary", "fewer than 2 axes")
         decisions.append(decision)
     return decisions
 
 
 def _by_rules(params: Any) -> list[_rules.Decision]:
-    """The rules' decision on each leaf; those left out are evidence like the others."""
+    """Applies the default rules, with absent leaves as evidence for the others."""
     places = [
         place
         for place in _paths.places(params)
         if not place.empty or isinstance(place.leaf, _paths.Absent)
     ]
     leaves = [
-        # Haiku's keys, and some of Linen's, have slashes of their own.
+        # Haiku's keys and some of Linen's contain slashes themselves.
         _rules.Leaf(
             tuple(p.name.split("/")), p.leaf.shape if p.empty else _shape(p.leaf)
         )
@@ -99,7 +99,10 @@ def _by_rules(params: Any) -> list[_rules.Decision]:
 def _decide(
     params: Any, routing: Routing
 ) -> list[tuple[_paths.Place, _rules.Decision, _layout.MatrixView | None]]:
-    """Every leaf's place, decision, and matrix view if it has one; raises if unsure."""
+    """Returns each leaf's place, decision and matrix view, None if auxiliary.
+
+    Raises if a decision is ambiguous.
+    """
     places = [place for place in _paths.places(params) if not place.empty]
     if routing is None:
         decisions = _by_rules(params)
@@ -136,14 +139,14 @@ def _ambiguity(unsure: list[tuple[_paths.Place, _rules.Decision]]) -> str:
             "The default rules cannot tell which optimizer these leaves take, or which "
             "of their axes are inputs and outputs:",
             *lines,
-            "Pass `routing`: a function of the path and the leaf, None for the default "
-            "rule,",
+            "Pass `routing`: a function of the path and the leaf, returning None to "
+            "apply the default rules, for example",
             f"  routing=lambda path, leaf: {label} if path == {first!r} else None",
-            "or a tree (or prefix) with a label per leaf,",
+            "or a tree (or a prefix of one) with one label per leaf, for example",
             "  routing=jax.tree.map("
             "lambda leaf: 'matrix' if leaf.ndim == 2 else 'auxiliary', params)",
-            "'matrix' reads the last two axes as (in, out); Equinox's and PyTorch's "
-            "weights are (out, in),",
+            "'matrix' reads the last two axes as (in, out). Equinox's and PyTorch's "
+            "weights are (out, in):",
             "  routing=lambda path, leaf: om.MatrixLayout(inputs=-1, outputs=-2)",
         ]
     )
@@ -152,29 +155,31 @@ def _ambiguity(unsure: list[tuple[_paths.Place, _rules.Decision]]) -> str:
 def route(params: Any, routing: Routing = None) -> Any:
     """Decides for every leaf whether it takes the matrix or the auxiliary optimizer.
 
-    By default Flax's names and shapes decide: embeddings, output heads, biases, norms
-    and anything of fewer than two axes are auxiliary, a `kernel` is a matrix. A kernel
-    of three or more axes needs evidence of how to read them: the name of its module
-    (attention, convolution, dense, experts), the shape of the bias beside it, or norms
-    beside it whose leading axes are a stack of layers. Other names say nothing about
-    inputs and outputs. A leaf that could be either raises.
+    By default, Flax's names and shapes decide. Embeddings, output heads, biases, norms,
+    routers and all leaves with fewer than two axes are auxiliary; a `kernel` is a
+    matrix. A kernel with three or more axes needs evidence of how to read them: the
+    name of its module (attention, convolution, dense, experts), the shape of the bias
+    beside it, or norms around it that show the axes of a stack of layers. Other names
+    say nothing about inputs and outputs. Ambiguous leaves raise an error.
 
     Args:
-      params: The whole tree of parameters, or of their shapes: siblings are evidence.
-      routing: None for the default rules. A function from (path, leaf) to "matrix" or
-        True (last two axes), "auxiliary" or False, a `MatrixLayout`, an
-        `optax.contrib.MuonDimensionNumbers`, or None (the default rule for this leaf);
-        a leaf of fewer than two axes is auxiliary whatever it returns. Or a tree
-        (prefix) of such labels, where None is auxiliary, as in
-        `optax.contrib.muon(muon_weight_dimension_numbers=...)`; a label for a subtree
-        leaves its leaves of fewer than two axes auxiliary.
+      params: The whole tree of parameters, or of their shapes, because leaves are
+        evidence for one another.
+      routing: None applies the default rules. A function of (path, leaf) returns
+        "matrix" or True (the last two axes), "auxiliary" or False, a `MatrixLayout`, an
+        `optax.contrib.MuonDimensionNumbers`, or None (apply the default rules to this
+        leaf); leaves with fewer than two axes are auxiliary regardless of what it
+        returns. A tree of such labels, or a prefix of one, labels leaves or whole
+        subtrees, and None means auxiliary, as in
+        `optax.contrib.muon(muon_weight_dimension_numbers=...)`; in a labelled subtree,
+        leaves with fewer than two axes stay auxiliary.
 
     Returns:
-      A tree like `params` of `MatrixLayout`s and the string "auxiliary".
+      A tree like `params` with a `MatrixLayout` or the string "auxiliary" per leaf.
 
     Raises:
-      ValueError: If leaves are ambiguous (all are listed), a label is none, `routing`
-        does not match `params`, or a layout does not fit its leaf.
+      ValueError: If leaves are ambiguous (the error lists them), a label is invalid,
+        `routing` does not match `params`, or a layout does not fit its leaf.
 
     Example:
       >>> params = {"Dense_0": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
@@ -197,26 +202,27 @@ def partition(
     auxiliary: optax.GradientTransformation,
     routing: Routing = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Gives matrices to one optimizer and every other leaf to another.
+    """Applies one optimizer to the matrices and another to all other leaves.
 
-    The whole tree is routed when `init` or `update` is traced, from paths and shapes
-    alone, so the boxed parameters `flax.nnx.Optimizer` passes to `init` and the bare
-    ones it passes to `update` get the same labels. Inside `optax.masked` or another
-    `optax.partition` the masked leaves are no evidence: pass `routing` there.
+    The whole tree is routed whenever `init` or `update` is traced, using only paths and
+    shapes. So the boxed parameters that `flax.nnx.Optimizer` passes to `init` and the
+    bare ones that it passes to `update` get the same labels. Inside `optax.masked` or
+    another `optax.partition`, masked leaves provide no evidence: pass `routing` there.
 
     Args:
-      matrix: Takes the tree of `MatrixLayout`s, with `optax.MaskedNode` where a leaf is
-        auxiliary, and returns the optimizer of the matrices. Called at every trace.
-      auxiliary: The optimizer of all other leaves.
-      routing: As for `route`.
+      matrix: Takes the tree of `MatrixLayout`s, with `optax.MaskedNode` in place of
+        auxiliary leaves, and returns the optimizer for the matrices. It is called at
+        every trace.
+      auxiliary: The optimizer for all other leaves.
+      routing: See `route`.
 
     Returns:
-      A transformation with the state of `optax.partition`, keys "matrix" and
+      A transformation with the state of `optax.partition`, whose keys are "matrix" and
       "auxiliary".
 
     Raises:
-      ValueError: As `route`, at `init`; and if no leaf is a matrix, unless the tree is
-        empty or partly masked.
+      ValueError: At `init`, under the conditions of `route`, or if no leaf is a matrix
+        and the tree is neither empty nor partly masked.
     """
 
     def delegate(tree: Any) -> optax.GradientTransformationExtraArgs:
@@ -252,23 +258,23 @@ def _check_some_matrix(params: Any, routing: Routing) -> None:
     if rows and all(decision.optimizer == "auxiliary" for _, decision, _ in rows):
         place, decision, _ = rows[0]
         raise ValueError(
-            f"No leaf takes the matrix optimizer: all {len(rows)} are auxiliary, e.g. "
-            f"'{place.name}' ({decision.reason}). Pass `routing`, or use the auxiliary "
-            "optimizer alone."
+            f"No leaf takes the matrix optimizer: all {len(rows)} are auxiliary, for "
+            f"example '{place.name}' ({decision.reason}). Pass `routing`, or use the "
+            "auxiliary optimizer alone."
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What becomes of one leaf.
+    """The routing of one leaf.
 
     Attributes:
-      path: Its name, as in ``blocks/0/attn/query/kernel``.
-      shape: Its shape.
-      view: Its matrices, as in "12 x (768 -> 64)"; empty for an auxiliary leaf.
+      path: The leaf's name, as in ``blocks/0/attn/query/kernel``.
+      shape: The leaf's shape.
+      view: The leaf's matrices, as in "12 x (768 -> 64)"; empty for an auxiliary leaf.
       optimizer: "matrix" or "auxiliary".
-      reason: What decided.
-      parameters: Number of entries.
+      reason: The rule or the label that decided.
+      parameters: The number of entries.
     """
 
     path: str
@@ -281,20 +287,20 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """The routing of a tree, a row per leaf; `str` prints it as a table."""
+    """The routing of a tree, one row per leaf; `str` formats it as a table."""
 
     rows: tuple[Row, ...]
 
     @property
     def totals(self) -> dict[str, int]:
-        """Parameters of "matrix", "auxiliary", and "total"."""
+        """The numbers of parameters by "matrix", "auxiliary" and "total"."""
         totals = {"matrix": 0, "auxiliary": 0}
         for row in self.rows:
             totals[row.optimizer] += row.parameters
         return totals | {"total": sum(totals.values())}
 
     def __str__(self) -> str:
-        """Returns the table, totals last."""
+        """Returns the table, with the totals at the end."""
         header = ("path", "shape", "matrices", "optimizer", "parameters", "reason")
         rows = [
             (
@@ -327,17 +333,17 @@ def _view_text(view: _layout.MatrixView | None) -> str:
 
 
 def describe(params: Any, routing: Routing = None) -> Description:
-    """Shows which optimizer every leaf takes, as what matrices, and why.
+    """Shows which optimizer each leaf takes, how it is read as matrices, and why.
 
     Args:
       params: The whole tree of parameters, or of their shapes.
-      routing: As for `route`.
+      routing: See `route`.
 
     Returns:
-      A description with one row per leaf and totals; print it for a table.
+      A description with one row per leaf and totals. Print it to get a table.
 
     Raises:
-      ValueError: As `route`.
+      ValueError: Under the conditions of `route`.
 
     Example:
       >>> params = {"Dense_0": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}

@@ -120,7 +120,7 @@ class _Tree:
         return None
 
     def in_attention(self, leaf: Leaf) -> bool:
-        """Returns whether the leaf's module and its neighbors form an attention."""
+        """Returns whether attention projections lie beside the leaf's module."""
         parent = leaf.names[:-2]
         return any(
             all((*parent, name) in self._below for name in names)
@@ -140,9 +140,9 @@ class _Tree:
         )
 
     def is_gate(self, leaf: Leaf) -> bool:
-        """Returns whether a kernel chooses among the experts beside it.
+        """Returns whether the leaf is a gate kernel with one output per expert.
 
-        Such a kernel has one output per expert; in an expert, ``gate`` is a projection.
+        Inside an expert, a gate is an ordinary projection.
         """
         parent, module, name = leaf.names[:-2], leaf.names[-2:-1], leaf.names[-1]
         if name != "kernel" or not parent or not _is_experts(parent[-1]):
@@ -167,11 +167,10 @@ class _Tree:
         return sum(_vector_name(leaf) is None for leaf in self._below[module])
 
     def stack(self, leaf: Leaf) -> tuple[tuple[int, ...], str]:
-        """Returns the stack axes of the leaf, and an objection or an empty string.
+        """Returns the stack axes of the leaf, and why they are unknown or "".
 
-        Norms in the modules around the leaf give the axes. The module with the most
-        axes decides, and among equals the outermost, where the most leaves agree. Norms
-        object if they have axes of a stack, but none that the leaves share.
+        The norms in the modules around the leaf give the axes. The module with the most
+        stack axes decides; among equals the outermost, where the most leaves agree.
         """
         around = [leaf.names[:depth] for depth in range(len(leaf.names))]
         stack = max((self._stacks[module] or () for module in around), key=len)
@@ -187,15 +186,15 @@ class _Tree:
         return [leaf for leaf in self._below[module] if _is_norm(leaf)]
 
     def _find_stack(self, module: tuple[str, ...]) -> tuple[int, ...] | None:
-        """Returns the stack axes of all leaves below, or None if norms show no place.
+        """Returns the axes that stack the leaves below, or None if they are unknown.
 
-        The scale of a norm has one axis, its width. If every norm below has more, all
-        but one are axes of a stack, on which all leaves below have the same sizes. If
-        several axes qualify, leading axes are preferred.
+        In a single layer, the scale of a norm has one axis, its width. If every norm
+        below has more axes, all but one are stack axes, and every leaf below has the
+        same sizes on them. If several choices fit, leading axes are preferred.
 
-        Axes that do not lead need more evidence, because in the scale (heads, head_dim)
-        of a norm per head, head_dim may look like a stack: some width must differ from
-        the sizes of the stack and be found again in a leaf that is not a norm.
+        Axes that do not lead need more evidence, because the scale (heads, head_dim) of
+        a per-head norm can look like a stack of head_dim layers. The width of a norm
+        must differ from the stack's sizes and also occur in a leaf that is not a norm.
         """
         leaves, norms = self._below[module], self._norms(module)
         norm = min((leaf.shape for leaf in norms), key=len, default=())
@@ -230,7 +229,7 @@ def _all_readings(ndim: int) -> set[_Reading]:
 
 
 def _named_readings(leaf: Leaf, ndim: int, tree: _Tree) -> tuple[list[_Reading], str]:
-    """Returns the readings that the module's name allows, the likeliest first, and why.
+    """Returns the readings that the module's name allows, most likely first, and why.
 
     Both are empty if the name says nothing. `ndim` does not count stack axes.
     """
@@ -297,7 +296,7 @@ def _read_kernel(leaf: Leaf, tree: _Tree) -> Decision:
         places = " and ".join(f"axis {axis}" for axis in stack)
         leading = stack == tuple(range(len(stack)))
         evidence.append(f"norms stacked {sizes}" + ("" if leading else f" on {places}"))
-        # The norms show the whole batch, unless other evidence excludes that.
+        # The norms show the whole batch unless other evidence excludes that.
         readings = {one for one in readings if one.batch == 0} or readings
     if not evidence:
         unknown = "no name, bias or norm says how to read its axes"
