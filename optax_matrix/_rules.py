@@ -309,6 +309,7 @@ def _read_kernel(leaf: Leaf, tree: _Tree) -> Decision:
     if len(readings) > 1:
         return Decision("ambiguous", f"several readings fit: {told}")
     (reading,) = readings
+    # Where the stack is unknown, only a name and a bias together exclude a misreading.
     if objection and not (named and bias is not None):
         return Decision("ambiguous", f"{objection}; {told}")
     layout = _as_layout(reading, len(leaf.shape), stack)
