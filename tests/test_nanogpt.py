@@ -301,6 +301,25 @@ def test_a_bad_configuration_is_named(change, message):
         train.train(dataclasses.replace(SMALL, **change))
 
 
+NUMBERS = [
+    field.name
+    for field in dataclasses.fields(configs.Config)
+    if type(getattr(configs.TINY, field.name)) in (int, float) or field.name == "lr"
+]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_makes_no_sense_is_refused_by_name(name):
+    bad = [-1, math.nan, math.inf]
+    if name in ("layers", "width", "head_dim", "context", "steps", "log_every"):
+        bad.append(0)
+    if name == "cooldown":
+        bad.append(1.1)
+    for value in bad:
+        with pytest.raises(ValueError, match=f"`{name}` must be .*, got {value}"):
+            configs.resolve(dataclasses.replace(SMALL, **{name: value}))
+
+
 # ---------------------------------------------------- records, plot, command line
 
 
@@ -396,6 +415,22 @@ def test_command_line_changes_the_named_configuration(tmp_path, monkeypatch):
     assert configs.from_command_line([]).out == "runs/tiny-muon-0-2"
     assert configs.from_command_line(["--resume"]).out == "runs/tiny-muon-0"
     assert configs.from_command_line(["--out", "none"]).out is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--lr", "nan"], "`lr` must be finite and at least 0, got nan"),
+        (["--steps", "0"], "`steps` must be positive and finite, got 0"),
+        (["--settings", "[1]"], "argument --settings: expected a JSON object such as"),
+        (["--settings", "{"], "argument --settings: expected a JSON object such as"),
+    ],
+)
+def test_the_command_line_refuses_a_flag_by_name(given, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        configs.from_command_line([*given, "--out", "none"])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 # ------------------------------------------------------------- killed and resumed

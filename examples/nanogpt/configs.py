@@ -1,8 +1,10 @@
-"""Everything a run can be told: one dataclass, three of it, and its command line."""
+"""Defines the settings of a run, three configurations and the command line."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import math
 import typing
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,11 @@ import jax
 
 import optax_matrix as om
 
-# What trains `tiny` well: adamw, lion, muon, muonh, normuon and hopper after the sweep
-# in benchmarks/results, the others untuned; larger models want less. The unit is the
-# optimizer's own: a step of `muon` has spectral norm about `lr`, one of `adamw` changes
-# an entry by about `lr`, one of `muonh` turns a matrix by about `lr` radians.
+# Learning rates for `tiny`; larger models need smaller ones. Those of adamw, lion,
+# muon, muonh, normuon and hopper come from the sweep in benchmarks/results; the others
+# are not tuned. Units depend on the optimizer: a `muon` step has a spectral norm of
+# about `lr`, an `adamw` step changes each entry by about `lr`, and a `muonh` step
+# rotates a matrix by about `lr` radians.
 LEARNING_RATES = {
     "sgd": 0.3,
     "momentum": 0.1,
@@ -50,30 +53,35 @@ def flag(default: Any, help: str) -> Any:
 class Config:
     """One run. Every field is a flag of `train.py`; the defaults are `tiny`."""
 
-    config: str = flag("tiny", "which configuration the other flags change")
+    config: str = flag("tiny", "the configuration that the other flags modify")
     # Model
-    layers: int = flag(3, "transformer blocks")
+    layers: int = flag(3, "number of transformer blocks")
     width: int = flag(128, "channels of the residual stream")
-    head_dim: int = flag(32, "channels of one attention head; heads = width / head_dim")
-    context: int = flag(128, "tokens the model sees at once")
+    head_dim: int = flag(32, "channels per attention head; heads = width / head_dim")
+    context: int = flag(128, "context length in tokens")
     dtype: str = flag(
         "auto",
-        "of the products: float32, bfloat16, or auto = bfloat16 "
-        "on a GPU or TPU; parameters are float32",
+        "dtype of matrix products: float32, bfloat16, or auto = bfloat16 on a GPU or "
+        "TPU; parameters are float32",
     )
     # Data
     data: str = flag(
         "stdlib",
-        "stdlib (Python's own source), sotu, fineweb, a text "
+        "stdlib (the source of Python's standard library), sotu, fineweb, a text "
         "file, or a folder of .bin shards",
     )
     tokenizer: str = flag(
         "bytes",
-        "of text: bytes, bpe (trained on the text), or the path of a tokenizer.json",
+        "tokenizer for text: bytes, bpe (trained on the text), or the path of a "
+        "tokenizer.json",
     )
-    bpe_vocab: int = flag(4096, "vocabulary of `--tokenizer bpe`")
-    data_dir: str = flag("data/fineweb10B", "where fineweb lies or is downloaded to")
-    shards: int = flag(1, "training shards of fineweb, 100M tokens and 200 MB each")
+    bpe_vocab: int = flag(4096, "vocabulary size of `--tokenizer bpe`")
+    data_dir: str = flag(
+        "data/fineweb10B", "folder for fineweb; missing shards are downloaded into it"
+    )
+    shards: int = flag(
+        1, "number of fineweb training shards, 100M tokens and 200 MB each"
+    )
     # Optimization
     optimizer: str = flag("muon", "a name from optax_matrix.OPTIMIZERS")
     lr: float | None = flag(
@@ -81,62 +89,86 @@ class Config:
     )
     aux_lr: float = flag(
         3e-3,
-        "learning rate of AdamW on what is no hidden matrix, where the "
-        "optimizer takes matrices only; same schedule",
+        "learning rate of AdamW, which trains all parameters but the hidden matrices "
+        "if the optimizer is a matrix optimizer; same schedule",
     )
     settings: dict[str, Any] = flag(  # noqa: RUF009 (copied for each instance)
-        {}, "further arguments of the optimizer, as JSON: '{\"weight_decay\": 0.1}'"
+        {},
+        "further arguments of the optimizer, as a JSON object: "
+        "'{\"weight_decay\": 0.1}'",
     )
     steps: int = flag(250, "optimizer steps")
-    batch_size: int = flag(16, "sequences a step, over all devices and micro-batches")
-    accumulate: int = flag(1, "micro-batches a step; memory falls, the step stays")
-    warmup: int = flag(0, "steps of linear rise to the learning rate")
-    cooldown: float = flag(0.7, "last part of the steps, with a linear fall to zero")
-    clip: float = flag(0.0, "largest global norm of the raw gradient; 0: no limit")
-    seed: int = flag(0, "of the initial parameters and of the order of the data")
+    batch_size: int = flag(16, "sequences per step, over all devices and micro-batches")
+    accumulate: int = flag(
+        1, "micro-batches per step; more save memory without changing the step"
+    )
+    warmup: int = flag(0, "steps of linear warmup of the learning rate")
+    cooldown: float = flag(
+        0.7, "fraction of the steps, at the end, with a linear decay to zero"
+    )
+    clip: float = flag(
+        0.0, "maximum global norm of the raw gradient; 0 disables clipping"
+    )
+    seed: int = flag(0, "seed of the initial parameters and of the order of the data")
     # Devices
     mesh: str = flag(
         "",
-        "axes of the devices and their sizes, of data, fsdp and tensor: "
+        "mesh axes and their sizes, from data, fsdp and tensor, such as "
         "data=2,fsdp=4; default: all devices on data",
     )
-    mesh_axes: str = flag("auto", "kind of these axes: auto or explicit")
+    mesh_axes: str = flag("auto", "type of the mesh axes: auto or explicit")
     distributed: bool = flag(
         False,
-        "this process is one of several, each with its own devices; JAX asks the "
-        "cluster (Slurm, TPU pod, ...) which, unless the next three say it",
+        "run as one of several processes, each with its own devices; JAX detects the "
+        "cluster (Slurm, TPU pod, ...) unless the next three flags describe it",
     )
-    coordinator: str | None = flag(None, "host:port of process 0, the same for all")
-    processes: int | None = flag(None, "how many processes there are")
-    process: int | None = flag(None, "which of them this is, from 0")
+    coordinator: str | None = flag(
+        None, "host:port of process 0, the same in all processes"
+    )
+    processes: int | None = flag(None, "number of processes")
+    process: int | None = flag(None, "index of this process, from 0")
     # Reporting
     log_every: int = flag(10, "steps between records of the training loss")
-    val_every: int = flag(100, "steps between validations, on always the same windows")
-    val_windows: int = flag(256, "windows of one validation")
-    sample: int = flag(200, "tokens to write at the end; 0: none")
-    prompt: str = flag("def ", "how the sample begins")
-    temperature: float = flag(0.8, "of the sample: below 1 is safer, above is wilder")
+    val_every: int = flag(100, "steps between validations")
+    val_windows: int = flag(256, "windows per validation, always the same ones")
+    sample: int = flag(200, "tokens to sample at the end; 0 disables sampling")
+    prompt: str = flag("def ", "prompt of the sample")
+    temperature: float = flag(0.8, "sampling temperature; lower is less random")
     out: str | None = flag(
         None,
-        "folder of metrics, checkpoints and plot; none: write nothing; default: "
-        "runs/CONFIG-OPTIMIZER-SEED, with a number behind it if that exists",
+        "folder for metrics, checkpoints and the plot; none: write nothing; default: "
+        "runs/CONFIG-OPTIMIZER-SEED, with a number appended if that exists",
     )
-    checkpoint_every: int = flag(100, "steps between checkpoints; 0: no checkpoint")
+    checkpoint_every: int = flag(
+        100, "steps between checkpoints; 0 disables checkpoints"
+    )
     resume: bool = flag(
-        False, "continue the run in the output folder, exactly; default: the newest"
+        False,
+        "continue the run in the output folder exactly; the default folder is then "
+        "the newest",
     )
-    overwrite: bool = flag(False, "delete what is in the output folder")
-    compare: tuple[str, ...] = flag((), "folders of other runs, to overlay in the plot")
+    overwrite: bool = flag(False, "delete the contents of the output folder first")
+    compare: tuple[str, ...] = flag((), "folders of other runs to add to the plot")
     quiet: bool = flag(False, "print nothing")
 
 
-# Fields that may differ between a run and its continuation: they train nothing, or, as
-# the mesh, change no more than the order of sums.
+# Fields that may differ between a run and its continuation. They do not affect the
+# training, except that mesh and processes change the order of summation.
 PRESENTATION = {
     *("mesh", "mesh_axes", "distributed", "coordinator", "processes", "process"),
     *("sample", "prompt", "temperature", "out", "checkpoint_every", "resume"),
     *("overwrite", "compare", "quiet", "data_dir"),
 }
+
+POSITIVE = (
+    *("layers", "width", "head_dim", "context", "bpe_vocab", "shards", "steps"),
+    *("batch_size", "accumulate", "log_every", "val_every", "val_windows"),
+    "temperature",
+)
+NOT_NEGATIVE = (
+    *("lr", "aux_lr", "warmup", "cooldown", "clip", "seed", "sample"),
+    "checkpoint_every",
+)
 
 TINY = Config()
 
@@ -157,8 +189,8 @@ PRESETS = {
         val_every=250,
         checkpoint_every=500,
     ),
-    # 124M parameters, 162M with the untied head; the track's 0.5M tokens a step, in
-    # micro-batches whose float32 logits take 3.3 GB.
+    # 124M parameters, 162M with the untied head. As in the track, a step has 0.5M
+    # tokens; the float32 logits of a micro-batch take 3.3 GB.
     "gpt2-small": dataclasses.replace(
         TINY,
         config="gpt2-small",
@@ -180,46 +212,57 @@ PRESETS = {
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The fields that decide the numbers of a run."""
+    """Returns the fields that determine the numbers of a run."""
     fields = dataclasses.asdict(config)
     return {name: fields[name] for name in fields if name not in PRESENTATION}
 
 
 def resolve(config: Config) -> Config:
-    """The configuration, checked, with the default learning rate put in."""
-    positive = ("steps", "batch_size", "accumulate", "log_every", "val_every")
-    for name in (*positive, "val_windows", "temperature"):
-        if getattr(config, name) <= 0:
-            raise ValueError(f"`{name}` must be positive, got {getattr(config, name)}")
-    if config.sample and not config.prompt:
-        raise ValueError("`prompt` must not be empty where a `sample` is asked for")
-    which = (config.coordinator, config.processes, config.process)
-    if which != (None, None, None) and (not config.distributed or None in which):
-        raise ValueError(
-            "`coordinator`, `processes` and `process` go together, and with "
-            f"`distributed`; got {which} and distributed={config.distributed}"
-        )
+    """Checks a configuration and fills in the default learning rate."""
     if config.optimizer not in om.OPTIMIZERS:
         names = ", ".join(sorted(om.OPTIMIZERS))
         raise ValueError(
             f"`optimizer` must be one of {names}; got {config.optimizer!r}"
         )
-    if config.lr is not None:
-        return config
-    if config.optimizer not in LEARNING_RATES:
-        raise ValueError(f"`{config.optimizer}` has no default: pass `--lr`")
-    return dataclasses.replace(config, lr=LEARNING_RATES[config.optimizer])
+    if config.lr is None:
+        if config.optimizer not in LEARNING_RATES:
+            raise ValueError(f"`{config.optimizer}` has no default: pass `--lr`")
+        config = dataclasses.replace(config, lr=LEARNING_RATES[config.optimizer])
+    # Here, because the optimizers cannot check learning rates inside schedules.
+    # Comparisons with NaN are false.
+    for name in POSITIVE:
+        if not 0 < getattr(config, name) < math.inf:
+            given = getattr(config, name)
+            raise ValueError(f"`{name}` must be positive and finite, got {given}")
+    for name in NOT_NEGATIVE:
+        if not 0 <= getattr(config, name) < math.inf:
+            given = getattr(config, name)
+            raise ValueError(f"`{name}` must be finite and at least 0, got {given}")
+    if config.cooldown > 1:
+        raise ValueError(
+            f"`cooldown` must be a fraction of the steps, from 0 to 1, got "
+            f"{config.cooldown}"
+        )
+    if config.sample and not config.prompt:
+        raise ValueError("`prompt` must not be empty if `sample` is positive")
+    which = (config.coordinator, config.processes, config.process)
+    if which != (None, None, None) and (not config.distributed or None in which):
+        raise ValueError(
+            "`coordinator`, `processes` and `process` must be given together and with "
+            f"`distributed`; got {which} and distributed={config.distributed}"
+        )
+    return config
 
 
 def compute_dtype(config: Config) -> str:
-    """What products are computed in."""
+    """Returns the dtype of matrix products."""
     if config.dtype != "auto":
         return config.dtype
     return "bfloat16" if jax.default_backend() in ("gpu", "tpu") else "float32"
 
 
 def parser() -> argparse.ArgumentParser:
-    """One flag for each field of `Config`, with its help."""
+    """Returns a parser with one flag per field of `Config`."""
     result = argparse.ArgumentParser(
         prog="python -m examples.nanogpt.train",
         description="Trains a GPT with any optimizer of optax_matrix.",
@@ -235,7 +278,7 @@ def parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(Config):
         name, kind = "--" + field.name.replace("_", "-"), hints[field.name]
         help, default = field.metadata["help"], getattr(TINY, field.name)
-        if default not in (None, False, (), {}):
+        if default not in (None, False, "", (), {}):
             help += f" ({default})"
         options: dict[str, Any] = {"help": help.replace("%", "%%")}
         options["default"] = "tiny" if field.name == "config" else argparse.SUPPRESS
@@ -246,9 +289,9 @@ def parser() -> argparse.ArgumentParser:
         elif kind == tuple[str, ...]:
             options |= {"nargs": "*", "metavar": "FOLDER"}
         elif kind == dict[str, Any]:
-            options |= {"type": json.loads, "metavar": "JSON"}
+            options |= {"type": _json_object, "metavar": "JSON"}
         elif kind is not str:
-            # `float | None` reads a float.
+            # A flag of type `float | None` is parsed as a float.
             options["type"] = kind if isinstance(kind, type) else _some(kind)
         result.add_argument(name, **options)
     return result
@@ -258,14 +301,24 @@ def _some(kind: Any) -> Any:
     return next(k for k in typing.get_args(kind) if k is not type(None))
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    with contextlib.suppress(json.JSONDecodeError):
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
+    raise argparse.ArgumentTypeError(
+        f"expected a JSON object such as '{{\"weight_decay\": 0.1}}', got {text!r}"
+    )
+
+
 def from_command_line(arguments: list[str] | None = None) -> Config:
-    """The named configuration with the given flags put in."""
+    """Returns the configuration of the command line; exits if a flag is invalid."""
     given = vars(parser().parse_args(arguments))
     config = dataclasses.replace(PRESETS[given.pop("config")], **given)
     config = dataclasses.replace(config, compare=tuple(config.compare))
     if config.out == "none":
-        return dataclasses.replace(config, out=None)
-    if config.out is None:
+        config = dataclasses.replace(config, out=None)
+    elif config.out is None:
         base = f"runs/{config.config}-{config.optimizer}-{config.seed}"
         newest, free, number = base, base, 1
         while Path(free).exists():
@@ -273,4 +326,7 @@ def from_command_line(arguments: list[str] | None = None) -> Config:
             newest, free = free, f"{base}-{number}"
         old = config.resume or config.overwrite
         config = dataclasses.replace(config, out=newest if old else free)
-    return config
+    try:
+        return resolve(config)
+    except ValueError as error:
+        parser().error(str(error))
