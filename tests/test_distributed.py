@@ -53,10 +53,11 @@ def free_port():
 class Pair:
     """The example as two processes that train together."""
 
-    def __init__(self, folder, **flags):
+    def __init__(self, folder, *more, **flags):
         common = [
             *(sys.executable, "-m", "examples.nanogpt.train", "--mesh", MESH),
             *words(FLAGS | flags),
+            *more,
             *("--out", str(folder), "--distributed", "--processes", "2"),
             *("--coordinator", f"localhost:{free_port()}", "--process"),
         ]
@@ -120,7 +121,9 @@ def one_device_state():
 def final(folder):
     """The parameters of the last checkpoint."""
     with checkpoint.Checkpoints(folder / "checkpoints") as saved:
-        return jax.tree.leaves(saved.restore(STEPS, one_device_state()).params)
+        step, state = saved.restore(one_device_state(), print)
+    assert step == STEPS
+    return jax.tree.leaves(state.params)
 
 
 def on_first(devices):
@@ -151,11 +154,11 @@ def test_two_processes_train_as_one_does_and_one_continues_their_run(tmp_path):
         assert_same_run(folder, together)
 
 
-def test_a_signal_to_one_process_ends_both_after_the_same_step(tmp_path):
-    folder = tmp_path / "run"
-    with Pair(folder, **FAST) as pair:
+def run_until(step, folder, *more):
+    """Two processes, of which one gets a signal after a step; the last step."""
+    with Pair(folder, *more, **FAST) as pair:
         limit = time.monotonic() + 400
-        while not (folder / "checkpoints" / "12").exists():
+        while not (folder / "checkpoints" / str(step) / checkpoint.DIGESTS).exists():
             alive = all(process.poll() is None for process in pair.processes)
             assert alive and time.monotonic() < limit, pair.output()
             time.sleep(0.01)
@@ -163,4 +166,20 @@ def test_a_signal_to_one_process_ends_both_after_the_same_step(tmp_path):
         pair.finish(codes=(128 + signal.SIGTERM,) * 2)
     assert "stopped by SIGTERM after step" in pair.logs[0].read_text()
     last = [r for r in plot.read(folder) if r["kind"] == "train"][-1]["step"]
-    assert (folder / "checkpoints" / str(last)).is_dir()
+    assert (folder / "checkpoints" / str(last) / checkpoint.DIGESTS).is_file()
+    return last
+
+
+def test_a_signal_to_one_process_ends_both_and_both_skip_a_damaged_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    last = run_until(12, folder)
+    before = (last - 1) // MIDDLE * MIDDLE
+    newest = folder / "checkpoints" / str(last)
+    data = max(newest.rglob("?" * 32), key=os.path.getsize)
+    data.write_bytes(data.read_bytes()[::-1])
+    run_until(before + 10 * MIDDLE, folder, "--resume")
+    loud, quiet = (folder.with_suffix(f".{i}.log").read_text() for i in (0, 1))
+    assert f"checkpoint {last} skipped: SHA-256 mismatch in " in loud
+    assert "skipped: SHA-256" not in quiet
+    resumed = [r["step"] for r in plot.read(folder) if r["kind"] == "resume"]
+    assert resumed == [before]

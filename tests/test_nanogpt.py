@@ -21,7 +21,16 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 import optax_matrix as om
-from examples.nanogpt import checkpoint, configs, data, model, plot, record, train
+from examples.nanogpt import (
+    checkpoint,
+    configs,
+    data,
+    model,
+    plot,
+    processes,
+    record,
+    train,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -198,7 +207,7 @@ def test_the_routing_owns_each_parameter_once(small_step):
     total = train.check_ownership(table, params)
     assert total == sum(leaf.size for leaf in jax.tree.leaves(params))
     for rows in (table.rows[1:], (*table.rows, table.rows[0])):
-        with pytest.raises(RuntimeError, match="not the model's"):
+        with pytest.raises(RuntimeError, match="unlike the model"):
             train.check_ownership(dataclasses.replace(table, rows=rows), params)
 
 
@@ -230,7 +239,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch, capsys):
     assert found[-1][1] < found[0][1]
     printed = capsys.readouterr().out
     assert "step 4: 1 steps skipped" in printed
-    assert "1 of them skipped" in printed
+    assert "(1 skipped)" in printed
 
     # It left everything as it was, the count of the schedule included.
     graph, params = nnx.split(small_model())
@@ -291,7 +300,7 @@ def test_train_runs_outside_the_main_thread_and_leaves_signals_alone():
         ({"optimizer": "mion"}, "`optimizer` must be one of .*muon"),
         ({"batch_size": 12}, "`batch_size` must be a multiple"),
         ({"batch_size": 16, "accumulate": 3}, "`batch_size` must be a multiple"),
-        ({"val_windows": 4}, "fill no micro-batch"),
+        ({"val_windows": 4}, "do not fill a micro-batch"),
         ({"head_dim": 12}, "`width` must be a multiple of `head_dim`"),
         ({"context": 10**6}, "too few for windows"),
     ],
@@ -361,7 +370,7 @@ def test_a_run_documents_itself(tmp_path, capsys):
         train.train(config)
     again = dataclasses.replace(config, overwrite=True, quiet=True)
     assert train.train(again)["weights_sha256"] == result["weights_sha256"]
-    with pytest.raises(ValueError, match=r"begun; other than in .*: steps: 3 -> 4"):
+    with pytest.raises(ValueError, match=r"different from .*: steps: 3 -> 4"):
         train.train(dataclasses.replace(config, steps=4, resume=True))
 
 
@@ -431,6 +440,109 @@ def test_the_command_line_refuses_a_flag_by_name(given, message, capsys):
         configs.from_command_line([*given, "--out", "none"])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_settings_cannot_replace_the_learning_rate():
+    config = dataclasses.replace(SMALL, settings={"learning_rate": 0.1})
+    with pytest.raises(TypeError, match="multiple values for argument 'learning_rate'"):
+        train.make_optimizer(config)
+
+
+# ------------------------------------------------------------ damaged checkpoints
+
+
+def flip(path):
+    """Inverts 64 bytes in the middle of a file."""
+    raw = np.fromfile(path, np.uint8)
+    raw[len(raw) // 2 :][:64] ^= 255
+    raw.tofile(path)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def largest_file(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def state_of(step):
+    weights = jax.random.normal(jax.random.key(step), (100, 100))
+    return train.State({"w": weights}, {"momentum": weights / 2})  # type: ignore
+
+
+@pytest.fixture
+def two_checkpoints(tmp_path):
+    with checkpoint.Checkpoints(tmp_path) as saved:
+        for step in (1, 2):
+            saved.save(step, state_of(step))
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
+@pytest.mark.parametrize("name", ["(data)", "_METADATA", checkpoint.DIGESTS])
+def test_a_damaged_checkpoint_is_skipped_by_name(name, damage, two_checkpoints):
+    newest = two_checkpoints / "2"
+    (path,) = newest.rglob(name) if name != "(data)" else [largest_file(newest)]
+    damage(path)
+    messages = []
+    with checkpoint.Checkpoints(two_checkpoints) as saved:
+        step, state = saved.restore(state_of(0), messages.append)
+        assert step == 1 and record.digest(state) == record.digest(state_of(1))
+        (message,) = messages
+        assert message.startswith("checkpoint 2 skipped: ")
+        if name != checkpoint.DIGESTS:
+            assert message.endswith(f"SHA-256 mismatch in {path.relative_to(newest)}")
+        # The run can save that step again.
+        saved.save(2, state_of(2))
+        step, state = saved.restore(state_of(0), messages.append)
+        assert step == 2 and record.digest(state) == record.digest(state_of(2))
+
+
+def test_without_a_valid_checkpoint_nothing_is_restored_or_deleted(two_checkpoints):
+    flip(largest_file(two_checkpoints / "1"))
+    (two_checkpoints / "2" / checkpoint.DIGESTS).unlink()
+    with checkpoint.Checkpoints(two_checkpoints) as saved:
+        message = r"(?s)no valid .*2: .* is missing.*1: SHA-256 mismatch.*`--overwrite`"
+        with pytest.raises(ValueError, match=message):
+            saved.restore(state_of(0), print)
+    assert {path.name for path in two_checkpoints.iterdir()} == {"1", "2"}
+
+
+def test_a_checkpoint_that_another_process_skips_is_skipped(
+    two_checkpoints, monkeypatch
+):
+    answers = iter([1, 0])
+    monkeypatch.setattr(processes, "largest", lambda _: next(answers))
+    messages = []
+    with checkpoint.Checkpoints(two_checkpoints) as saved:
+        assert saved.restore(state_of(0), messages.append)[0] == 1
+    assert messages == ["checkpoint 2 skipped: another process found it damaged"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_checkpoint_with_non_finite_parameters_is_skipped(value, two_checkpoints):
+    messages = []
+    with checkpoint.Checkpoints(two_checkpoints) as saved:
+        weights = state_of(3).params["w"].at[7, 5].set(value)
+        saved.save(3, state_of(3)._replace(params={"w": weights}))
+        assert saved.restore(state_of(0), messages.append)[0] == 2
+    assert messages == ["checkpoint 3 skipped: parameter w contains NaN or Inf"]
+
+
+def test_a_run_resumes_before_a_damaged_checkpoint_bit_for_bit(tmp_path, capsys):
+    config = dataclasses.replace(
+        SMALL, optimizer="momentum", checkpoint_every=4, out=str(tmp_path)
+    )
+    whole = train.train(config)
+    flip(largest_file(tmp_path / "checkpoints" / "12"))
+    again = train.train(dataclasses.replace(config, resume=True, quiet=False))
+    printed = capsys.readouterr().out
+    assert "checkpoint 12 skipped: SHA-256 mismatch" in printed
+    assert "resuming after step 8" in printed
+    assert losses(again) == losses(whole)
+    assert again["weights_sha256"] == whole["weights_sha256"]
 
 
 # ------------------------------------------------------------- killed and resumed
@@ -503,7 +615,8 @@ def uninterrupted(programs, tmp_path_factory):
 def test_a_killed_run_resumes_bit_for_bit(programs, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     process = start(programs, folder)
-    signal_when((folder / "checkpoints" / "12").exists, process, signal.SIGKILL)
+    complete = folder / "checkpoints" / "12" / checkpoint.DIGESTS
+    signal_when(complete.exists, process, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert plot.read(folder)[-1]["kind"] != "final"
     process = start(programs, folder, "--resume")

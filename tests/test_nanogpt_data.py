@@ -35,10 +35,10 @@ def test_a_shard_has_the_documented_bytes_and_comes_back_memory_mapped(shard):
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
-        (0, 20240521, "magic number 20240521, a shard has 20240520"),
-        (1, 2, "version 2, only 1"),
-        (2, 501, "promises 501 tokens, which takes 2026 bytes, and it has 2024"),
-        (2, -1, "promises -1 tokens"),
+        (0, 20240521, "magic number 20240521, expected 20240520"),
+        (1, 2, "version 2, expected 1"),
+        (2, 501, "501 tokens, as its header says, take 2026 bytes, but .* has 2024"),
+        (2, -1, "-1 tokens, as its header says"),
     ],
 )
 def test_a_bad_header_raises(shard, position, value, message):
@@ -58,7 +58,7 @@ def test_a_truncated_shard_raises(shard, kept):
 
 def test_an_overlong_shard_raises(shard):
     shard.write_bytes(shard.read_bytes() + b"\0")
-    with pytest.raises(ValueError, match="overlong"):
+    with pytest.raises(ValueError, match="too long"):
         data.read_shard(shard)
 
 
@@ -92,7 +92,7 @@ def test_downloading_without_a_network_says_what_to_do(tmp_path, monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(ConnectionError, match=r"(?s)Offline\? .*`--data stdlib`"):
+    with pytest.raises(ConnectionError, match=r"offline, copy .*`--data stdlib`"):
         data.load("fineweb", folder=tmp_path, shards=1)
     assert asked == [("kjj0/fineweb10B-gpt2", "fineweb_val_000000.bin", "dataset")]
 

@@ -1,1 +1,1 @@
-"""Trains a GPT with any optimizer of the registry; start reading at `train.py`."""
+"""Trains a GPT with any registered optimizer; start reading at `train.py`."""

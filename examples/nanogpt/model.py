@@ -1,7 +1,7 @@
-"""A GPT, after the model of the modded-nanogpt optimization track.
+"""Defines a GPT like that of the modded-nanogpt optimization track.
 
-RMSNorm with gains, rotary positions on half of the channels, unit-norm queries
-and keys, squared ReLU, soft-capped logits, separate q, k, v, o, an untied head.
+It has RMSNorm with gains, rotary embeddings on half of the channels, normalized queries
+and keys, squared ReLU, soft-capped logits, separate q, k, v and o, and an untied head.
 
 Shapes: B batch, T positions, D width, H heads, K head_dim, V vocabulary.
 """
@@ -14,26 +14,27 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-# The track multiplies q k^T by 0.12 at head_dim 128. q and k have norm
-# sqrt(head_dim), so this is the largest attention logit, whatever head_dim is.
+# The track multiplies q k^T by 0.12 at head_dim 128. The norm of q and k is
+# sqrt(head_dim), so this is the largest attention logit, for any head_dim.
 MAX_ATTENTION_LOGIT = 0.12 * 128
 LOGIT_CAP = 15.0
 
 
 def _normal(scale: float = 1.0) -> Callable:
-    """Normal, standard deviation `scale * sqrt(1 / (3 inputs))`: the track's.
+    """Returns a normal initializer with the standard deviation of the track.
 
-    The track starts `o` and `proj` at zero. They are small here instead, as in
-    GPT-2, because an optimizer on the hyperball keeps the norm a matrix starts with.
+    It is `scale * sqrt(1 / (3 inputs))`. The track initializes `o` and `proj` to zero.
+    Here they are small, as in GPT-2, because hyperball optimizers keep the initial norm
+    of each matrix.
     """
     return nnx.initializers.variance_scaling(scale**2 / 3, "fan_in", "normal")
 
 
 def rotary(x: jax.Array) -> jax.Array:
-    """Turns pairs of channels by their position; half of the pairs stay put.
+    """Rotates pairs of channels according to their position.
 
-    Pair i of head_dim / 2 turns by 1024^(-i / (head_dim / 4 - 1)) radians a position
-    for i below head_dim / 4 and by nothing above.
+    Of the head_dim / 2 pairs, pair i is rotated by 1024^(-i / (head_dim / 4 - 1))
+    radians per position if i < head_dim / 4; the other pairs are not rotated.
     """
     positions, head_dim = x.shape[1], x.shape[3]
     turning = head_dim // 4
@@ -57,7 +58,7 @@ class Attention(nnx.Module):
         self.head_dim = head_dim
         self.q, self.k, self.v = linear(), linear(), linear()
         self.o = linear((2 * layers) ** -0.5)
-        # Without gains: they set the length of queries and keys, which is fixed.
+        # Without gains, which would change the norm of queries and keys.
         self.unit = nnx.RMSNorm(head_dim, use_scale=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # (B, T, D)
@@ -102,7 +103,7 @@ class Block(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """Parameters are float32; `dtype` is what they are multiplied in."""
+    """A GPT with float32 parameters; `dtype` is the dtype of matrix products."""
 
     def __init__(
         self,
@@ -116,7 +117,7 @@ class GPT(nnx.Module):
     ):
         if width % head_dim or head_dim % 4:
             raise ValueError(
-                f"`width` must be a multiple of `head_dim`, and `head_dim` of 4, got "
+                f"`width` must be a multiple of `head_dim`, and `head_dim` of 4; got "
                 f"width={width} and head_dim={head_dim}"
             )
         normal = nnx.initializers.normal(1.0)
@@ -129,7 +130,7 @@ class GPT(nnx.Module):
             for _ in range(layers)
         )
         self.norm2 = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
-        # Near zero, as the track's: the first loss is log(vocab_size).
+        # Near zero, as in the track, so that the first loss is log(vocab_size).
         small = nnx.initializers.normal(1 / width)
         self.head = nnx.Linear(
             width, vocab_size, use_bias=False, kernel_init=small, dtype=dtype, rngs=rngs
@@ -152,16 +153,16 @@ def generate(
     temperature: float,
     key: jax.Array,
 ) -> jax.Array:
-    """Continues `prompt` (P,) by `tokens` tokens, each from the last `context` ones.
+    """Samples `tokens` tokens after `prompt` (P,), each from the last `context` ones.
 
-    Every token costs a full forward pass: short code, not a fast sampler.
+    Each token takes a full forward pass: the sampler is short rather than fast.
     """
     prompt = prompt[-context:]
     window = jnp.zeros((context,), jnp.int32).at[: len(prompt)].set(prompt)
 
     def one_more(carry, key):
         window, length = carry
-        logits = model(window[None])[0, length - 1]  # what follows is masked
+        logits = model(window[None])[0, length - 1]  # later positions are masked
         token = jax.random.categorical(key, logits / temperature).astype(jnp.int32)
         full = length == context
         window = jnp.where(full, jnp.roll(window, -1), window)

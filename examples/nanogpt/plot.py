@@ -1,4 +1,4 @@
-"""Draws the losses of several runs over each other.
+"""Plots the losses of several runs in one figure.
 
 python -m examples.nanogpt.plot runs/tiny-adamw-0 runs/tiny-muon-0 --out loss.png
 """
@@ -18,15 +18,17 @@ from examples.nanogpt import record
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:
-    """The records of a run."""
+    """Reads the records of a run."""
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"no metrics.jsonl in {folder}: is it a run's folder?")
+        raise FileNotFoundError(
+            f"no metrics.jsonl in {folder}: is it the folder of a run?"
+        )
     return [record.parse(line) for line in path.read_text().splitlines()]
 
 
 def plot(folders: Sequence[str | Path], out: str | Path) -> None:
-    """Writes the PNG `out`: training losses thin, validation losses with marks."""
+    """Writes a PNG: thin lines for training losses, markers for validation losses."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for index, folder in enumerate(folders):
@@ -40,7 +42,7 @@ def plot(folders: Sequence[str | Path], out: str | Path) -> None:
                 label = f"{Path(folder).resolve().name}: {points[-1][1]:.4f}"
                 label = label if kind == "val" else None
                 axes.plot(*zip(*points, strict=True), color=color, label=label, **style)
-    axes.set(xlabel="step", ylabel="loss in nats a token (marked: validation)")
+    axes.set(xlabel="step", ylabel="loss in nats per token (markers: validation)")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
@@ -49,10 +51,10 @@ def plot(folders: Sequence[str | Path], out: str | Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Draws the losses of several runs over each other."
+        description="Plots the losses of several runs in one figure."
     )
-    parser.add_argument("runs", nargs="+", help="folders of runs, each a line")
-    parser.add_argument("--out", default="loss.png", help="the PNG to write (loss.png)")
+    parser.add_argument("runs", nargs="+", help="folders of runs, one line each")
+    parser.add_argument("--out", default="loss.png", help="output PNG (loss.png)")
     arguments = parser.parse_args()
     plot(arguments.runs, arguments.out)
     print(f"wrote {arguments.out}")

@@ -1,6 +1,6 @@
-"""One run in several processes, each with its own devices, as on a cluster.
+"""Runs training in several processes, each with its own devices, as on a cluster.
 
-All compute and write checkpoints; the first alone prints, records and plots.
+All processes compute and write checkpoints; only the first prints, records and plots.
 """
 
 import contextlib
@@ -17,17 +17,18 @@ from examples.nanogpt.configs import Config
 
 @contextlib.contextmanager
 def joined(config: Config) -> Iterator[None]:
-    """Makes the devices of all processes one set; nothing without `--distributed`."""
+    """Connects the processes, with `--distributed`; otherwise does nothing."""
     if not config.distributed:
         yield
         return
-    # XLA for CPU waits for other processes in threads of a pool, as many as there are
-    # cores or local devices. If all of them wait, nothing goes on: `tiny` with muonh
-    # hung on two cores. XLA takes the number of cores from this variable.
+    # On CPU, XLA waits for the other processes in threads of a pool whose size is the
+    # number of cores or of local devices. If all threads wait, the run deadlocks:
+    # `tiny` with muonh did on two cores. XLA reads the number of cores from NPROC.
     os.environ.setdefault("NPROC", "64")
     jax.distributed.initialize(config.coordinator, config.processes, config.process)
     yield
-    # Waits for the others, so not after an error: they may wait for this one.
+    # Not after an error: shutdown waits for the other processes, which may be waiting
+    # for this one.
     jax.distributed.shutdown()
 
 
@@ -35,9 +36,14 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def agreed(seen: signal.Signals | None) -> signal.Signals | None:
-    """A signal that any process has seen; all must ask after the same step."""
+def largest(value: int) -> int:
+    """Returns the largest value over all processes, each of which must call this."""
     if jax.process_count() == 1:
-        return seen
-    largest = int(np.max(multihost_utils.process_allgather(np.int32(seen or 0))))
-    return signal.Signals(largest) if largest else None
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def agreed(seen: signal.Signals | None) -> signal.Signals | None:
+    """Returns a signal that any process received; all call it after the same step."""
+    number = largest(seen or 0)
+    return signal.Signals(number) if number else None

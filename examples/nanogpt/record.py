@@ -1,4 +1,4 @@
-"""A run's own record: what it ran on, and its metrics as lines of JSON."""
+"""Records the environment and the metrics of a run as lines of JSON."""
 
 import hashlib
 import importlib.metadata
@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and device: with the configuration, what repeats a run."""
+    """Returns versions, commit and device, for reproducing a run."""
 
     def version(package: str) -> str | None:
         try:
@@ -47,7 +47,7 @@ def environment() -> dict[str, Any]:
 
 
 def digest(tree: Any) -> str:
-    """The sha256 of all leaves: equal exactly if every bit of the state is."""
+    """Returns the SHA-256 of all leaves, which depends on every bit of them."""
     result = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         result.update(np.asarray(leaf).tobytes())
@@ -55,7 +55,7 @@ def digest(tree: Any) -> str:
 
 
 def parse(line: str) -> dict[str, Any]:
-    """One line of metrics.jsonl. JSON has no NaN: a loss that is not finite is null."""
+    """Parses a line of metrics.jsonl, where null stands for a non-finite loss."""
     record = json.loads(line)
     return {k: math.nan if v is None and "loss" in k else v for k, v in record.items()}
 
@@ -69,10 +69,10 @@ def _line(record: dict[str, Any]) -> str:
 
 
 class Record:
-    """The records of one run, kept in memory and, given a folder, in metrics.jsonl.
+    """The records of one run, in memory and, given a folder, in metrics.jsonl.
 
-    The first has kind `run`, the last `final`; those between `train`, `val` and
-    `resume`. A folder also receives the source of this example.
+    The first record has kind `run` and the last `final`; the others have kind `train`,
+    `val` or `resume`. The source of this example is copied to the folder.
     """
 
     def __init__(
@@ -83,31 +83,34 @@ class Record:
         overwrite: bool,
         writes: bool = True,
     ):
-        """Of several processes one `writes`; the others read a run to resume."""
+        """Opens a new record, or with `resume` the existing one.
+
+        Only one process `writes`; the others read the record of a resumed run.
+        """
         self.records: list[dict[str, Any]] = []
-        self.tokenizer: str | None = None  # that of a run which is resumed
+        self.tokenizer: str | None = None  # the tokenizer of a resumed run
         self.path = folder / "metrics.jsonl" if folder else None
         self.writes = writes
         if folder is None or self.path is None or not (writes or resume):
             return
         if resume:
             if overwrite:
-                raise ValueError("`resume` and `overwrite` exclude each other")
+                raise ValueError("`resume` and `overwrite` are mutually exclusive")
             if not self.path.is_file():
-                raise FileNotFoundError(f"nothing to resume: no {self.path}")
+                raise FileNotFoundError(f"nothing to resume: {self.path} is missing")
             for line in self.path.read_text().splitlines():
                 try:
                     self.records.append(parse(line))
                 except json.JSONDecodeError:
-                    break  # The run was killed while it wrote this line.
+                    break  # The run was killed while writing this line.
             if not self.records:
-                raise ValueError(f"nothing to resume: {self.path} has no record")
+                raise ValueError(f"nothing to resume: {self.path} has no records")
             if (folder / "tokenizer.json").is_file():
                 self.tokenizer = str(folder / "tokenizer.json")
         elif self.path.exists():
             if not overwrite:
                 raise FileExistsError(
-                    f"{folder} holds a run; continue it with `--resume`, replace it "
+                    f"{folder} contains a run; continue it with `--resume`, replace it "
                     f"with `--overwrite`, or choose another folder with `--out`"
                 )
             shutil.rmtree(folder)
@@ -117,7 +120,7 @@ class Record:
                 shutil.copy(file, folder / "source")
 
     def check_same(self, config: dict[str, Any], data_sha256: str) -> None:
-        """Raises, naming the differences, unless the run was begun with the same."""
+        """Raises if configuration or data differ from those the run started with."""
         begun = self.records[0]
         then = {**begun["config"], "data_sha256": begun["data_sha256"]}
         now = {**config, "data_sha256": data_sha256}
@@ -126,12 +129,12 @@ class Record:
         ]
         if changed:
             raise ValueError(
-                f"a run resumes as it was begun; other than in {self.path}: "
-                f"{', '.join(changed)}"
+                "a run must be resumed with its original settings; different from "
+                f"{self.path}: {', '.join(changed)}"
             )
 
     def rewind(self, step: int) -> None:
-        """Forgets what was recorded after `step`: it will be done again."""
+        """Removes the records after `step`, because these steps will be repeated."""
         kept = [r for r in self.records if r.get("step", 0) <= step]
         self.records = [r for r in kept if r["kind"] != "final"]
         if self.path and self.writes:
@@ -148,5 +151,5 @@ class Record:
                 file.write(_line(record))
 
     def last(self, kind: str) -> dict[str, Any]:
-        """The newest record of `kind`, empty if there is none."""
+        """Returns the newest record of a kind, or {} if there is none."""
         return next((r for r in reversed(self.records) if r["kind"] == kind), {})

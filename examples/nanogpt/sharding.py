@@ -1,10 +1,10 @@
-"""Where parameters and batches lie: all that the example knows about meshes.
+"""Shards parameters and batches over a mesh.
 
-    data     sequences of a batch
-    fsdp     sequences of a batch, and the first axis of every matrix
-    tensor   heads, hidden channels and vocabulary, as in Megatron
+    data     shards the sequences of a batch
+    fsdp     shards the sequences of a batch and the first axis of every matrix
+    tensor   shards heads, hidden channels and vocabulary, as in Megatron
 
-A matrix is gathered over `fsdp` before it is used; gains lie whole on every device.
+Matrices are gathered over `fsdp` before use; gains are replicated.
 """
 
 import math
@@ -18,33 +18,33 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 
-# Matrices that write into the residual stream. Their inputs are spread over `tensor`;
-# of all others, which read from it, the outputs are.
+# Matrices whose outputs are added to the residual stream. `tensor` shards their inputs;
+# it shards the outputs of all other matrices.
 WRITERS = {"embed", "o", "proj"}
 
 
 def parse(text: str, devices: int) -> dict[str, int]:
-    """`data=2,fsdp=4` as axes and their sizes; all devices on `data` if it is empty."""
+    """Parses axes and sizes such as `data=2,fsdp=4`; "" puts all devices on data."""
     sizes: dict[str, int] = {}
     for part in text.split(",") if text else [f"data={devices}"]:
         name, _, size = part.strip().partition("=")
         if name not in AXES or name in sizes or not size.isdecimal() or size == "0":
             raise ValueError(
-                f"`mesh` must be sizes of {', '.join(AXES)}, each at most once, such "
+                f"`mesh` must give sizes of {', '.join(AXES)}, each at most once, such "
                 f"as data=2,fsdp=4; got {part.strip()!r} in {text!r}"
             )
         sizes[name] = int(size)
     product = math.prod(sizes.values())
     if product != devices:
         raise ValueError(
-            f"`mesh` {text!r} is for {product} devices, but there are {devices}: "
+            f"`mesh` {text!r} needs {product} devices, but there are {devices}: "
             f"choose sizes whose product is {devices}"
         )
     return sizes
 
 
 def make_mesh(text: str, axes: str, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of `--mesh` with axes `auto` or `explicit`, over all devices."""
+    """Makes the mesh of `--mesh` and `--mesh-axes`; by default over all devices."""
     sizes = parse(text, len(devices or jax.devices()))
     kinds = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
     if axes not in kinds:
@@ -57,25 +57,30 @@ def is_explicit(mesh: Mesh) -> bool:
     return mesh.axis_types[0] is AxisType.Explicit
 
 
+def name_of(path: Any) -> str:
+    """Returns the name of a parameter, such as `blocks/0/attn/q/kernel`."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return name.removesuffix("/value")
+
+
 def specs(params: Any, mesh: Mesh, *, gathered: bool = False) -> Any:
-    """How each parameter lies: stored, or gathered over `fsdp` for its use."""
+    """Returns the spec of each parameter as stored, or as `gathered` over fsdp."""
     present = [axis for axis in mesh.axis_names if not (gathered and axis == "fsdp")]
 
     def spec(path: Any, leaf: Any) -> P:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        name = name.removesuffix("/value")
         if leaf.ndim < 2:
             return P()
         wanted = (("fsdp",), ("tensor",))
-        if WRITERS & set(name.split("/")):
+        if WRITERS & set(name_of(path).split("/")):
             wanted = (("tensor", "fsdp"), ())
         entries = [tuple(a for a in axes if a in present) for axes in wanted]
         for size, axes in zip(leaf.shape, entries, strict=True):
             if size % math.prod(mesh.shape[axis] for axis in axes):
                 given = " times ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
                 raise ValueError(
-                    f"`mesh`: {given} does not divide {size}, of {name} of shape "
-                    f"{leaf.shape}: choose sizes that do, or another model"
+                    f"`mesh`: {given} does not divide {size}, an axis of "
+                    f"{name_of(path)} of shape {leaf.shape}: choose other mesh or "
+                    "model sizes"
                 )
         return P(*(axes or None for axes in entries))
 
@@ -83,29 +88,29 @@ def specs(params: Any, mesh: Mesh, *, gathered: bool = False) -> Any:
 
 
 def shardings(params: Any, mesh: Mesh) -> Any:
-    """The stored sharding of each parameter, or of each description of one."""
+    """Returns the sharding of each stored parameter, given arrays or their shapes."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(params, mesh))
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axes that sequences are spread over."""
+    """Returns the axes that shard the sequences of a batch."""
     return tuple(axis for axis in mesh.axis_names if axis != "tensor")
 
 
 def batch_devices(mesh: Mesh) -> int:
-    """In how many parts a batch is spread."""
+    """Returns the number of shards of a batch."""
     return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
 
 
 def place_batch(rows: Any, mesh: Mesh) -> jax.Array:
-    """Windows (..., B, T + 1), which every process has whole, spread over B."""
+    """Shards windows (..., B, T + 1) over B, given all of them in every process."""
     spec = P(*[None] * (rows.ndim - 2), batch_axes(mesh))
     sharding = NamedSharding(mesh, spec)
     return jax.make_array_from_callback(rows.shape, sharding, lambda at: rows[at])
 
 
 def place_rest(tree: Any, mesh: Mesh) -> Any:
-    """Leaves that are not on the mesh yet, counters for example, whole on all of it."""
+    """Replicates the leaves that are not on the mesh yet, such as counters."""
     everywhere = NamedSharding(mesh, P())
 
     def place(leaf: jax.Array) -> jax.Array:
@@ -116,16 +121,16 @@ def place_rest(tree: Any, mesh: Mesh) -> Any:
 
 
 def fetch(tree: Any, mesh: Mesh) -> Any:
-    """Every leaf whole, in the memory of every process."""
+    """Gathers every leaf into the memory of every process."""
     everywhere = NamedSharding(mesh, P())
     return jax.tree.map(lambda x: np.asarray(jax.device_put(x, everywhere)), tree)
 
 
 def spread(loss_fn: Callable, mesh: Mesh | None) -> Callable:
-    """`loss_fn(params, graph, windows)` on the mesh.
+    """Returns `loss_fn(params, graph, windows)` for sharded parameters and windows.
 
-    The compiler places what is between parameters and loss, on explicit axes too:
-    there every product of the model would have to say how its result lies.
+    The compiler chooses the shardings of all intermediate results, on explicit axes
+    too: otherwise each product of the model would have to state an output sharding.
     """
     if mesh is None:
         return loss_fn
@@ -133,8 +138,8 @@ def spread(loss_fn: Callable, mesh: Mesh | None) -> Callable:
     def on_mesh(params: Any, graph: Any, windows: jax.Array) -> jax.Array:
         def run(params: Any, windows: jax.Array) -> jax.Array:
             constrain = jax.lax.with_sharding_constraint
-            # Two constraints, because each also holds for the gradient: it comes
-            # gathered, and leaves as its parameter is stored.
+            # Both constraints also apply to the gradient, in reverse order: gathered
+            # like the parameters in use, and then sharded like the stored parameters.
             params = constrain(params, specs(params, mesh))
             params = constrain(params, specs(params, mesh, gathered=True))
             return loss_fn(params, graph, windows)

@@ -1,9 +1,9 @@
-"""Trains a GPT; reads from top to bottom. From the root of the repository:
+"""Trains a GPT. Read it from top to bottom; run it in the root of the repository:
 
-python -m examples.nanogpt.train                                # a minute, any machine
+python -m examples.nanogpt.train                           # a minute on two CPU cores
 python -m examples.nanogpt.train --optimizer adamw --lr 0.002
-python -m examples.nanogpt.train --config gpt2-small            # 124M, GPU or TPU
-python -m examples.nanogpt.train --mesh data=2,fsdp=4           # on eight devices
+python -m examples.nanogpt.train --config gpt2-small       # 124M parameters, GPU or TPU
+python -m examples.nanogpt.train --mesh data=2,fsdp=4      # on eight devices
 python -m examples.nanogpt.train --help
 """
 
@@ -42,7 +42,7 @@ from examples.nanogpt.configs import Config
 
 
 class State(NamedTuple):
-    """What a step changes and a checkpoint holds. The step count is its name."""
+    """The state that a step updates and that a checkpoint stores."""
 
     params: nnx.State
     optimizer: optax.ApplyIfFiniteState
@@ -52,27 +52,27 @@ class State(NamedTuple):
 
 
 def schedule(peak: Any, config: Config) -> Callable:
-    """Linear rise (none by default), stable, then a linear fall to zero."""
-    fall = max(1, round(config.cooldown * config.steps))
-    stable = optax.linear_schedule(peak, 0.0, fall, config.steps - fall)
+    """Returns a schedule: linear warmup, a constant rate, then linear decay to zero."""
+    decay = max(1, round(config.cooldown * config.steps))
+    stable = optax.linear_schedule(peak, 0.0, decay, config.steps - decay)
 
-    def with_rise(count):
+    def with_warmup(count):
         return jnp.minimum(1.0, (count + 1.0) / config.warmup) * stable(count)
 
-    return with_rise if config.warmup else stable
+    return with_warmup if config.warmup else stable
 
 
 def make_optimizer(
     config: Config, placement: om.Placement | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """The named optimizer on raw gradients, which skips a step that is not finite.
+    """Returns the optimizer of `config`, which skips steps with non-finite gradients.
 
-    A skipped step leaves parameters and optimizer as they were, schedule included.
-    Optax gives up after `max_consecutive_errors`; here that is never.
+    A skipped step changes neither the parameters nor the optimizer state, including the
+    step count of the schedule. The number of consecutive skipped steps is not limited.
 
     Args:
-      config: Names it.
-      placement: Where the parameters lie, for those that work on whole matrices.
+      config: Configuration with the name and the settings of the optimizer.
+      placement: Shardings of the parameters, for optimizers that need whole matrices.
     """
     config = configs.resolve(config)
     settings: dict[str, Any] = dict(config.settings)
@@ -80,8 +80,8 @@ def make_optimizer(
         settings.setdefault("auxiliary_learning_rate", schedule(config.aux_lr, config))
     if "placement" in inspect.signature(om.OPTIMIZERS[config.optimizer]).parameters:
         settings.setdefault("placement", placement)
-    settings["learning_rate"] = schedule(config.lr, config)
-    optimizer = om.make_optimizer(config.optimizer, **settings)
+    rate = schedule(config.lr, config)
+    optimizer = om.make_optimizer(config.optimizer, rate, **settings)
     if config.clip:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
     never = np.iinfo(np.int32).max
@@ -89,18 +89,21 @@ def make_optimizer(
 
 
 def check_ownership(table: Any, params: nnx.State) -> int:
-    """The number of parameters; raises unless the routing table has each leaf once."""
+    """Counts the parameters; raises unless each leaf is in the routing table once."""
     leaves = jax.tree.leaves(params)
     owned = len(table.rows), sum(row.parameters for row in table.rows)
     if owned != (len(leaves), sum(leaf.size for leaf in leaves)):
-        raise RuntimeError(f"leaves and parameters routed: {owned}, not the model's")
+        raise RuntimeError(
+            f"the routing table has {owned[0]} leaves and {owned[1]} parameters, "
+            "unlike the model"
+        )
     return owned[1]
 
 
 def initial(
     config: Config, vocab_size: int, mesh: jax.sharding.Mesh
 ) -> tuple[nnx.GraphDef, optax.GradientTransformation, State]:
-    """The model, the optimizer, and both at step 0, made where they will lie."""
+    """Returns the model, the optimizer and the initial state, sharded over the mesh."""
     sizes = (vocab_size, config.layers, config.width, config.head_dim)
     dtype = jnp.dtype(configs.compute_dtype(config))
 
@@ -110,10 +113,10 @@ def initial(
     graph, shapes = nnx.split(nnx.eval_shape(make_model))
     stored = sharding.shardings(shapes, mesh)
     params = jax.jit(lambda: nnx.state(make_model()), out_shardings=stored)()
-    # On explicit axes types say where parameters lie; auto axes hide it from `update`.
+    # Array types contain explicit axes, but `update` cannot see shardings on auto axes.
     placement = None if sharding.is_explicit(mesh) else om.Placement(params)
     optimizer = make_optimizer(config, placement)
-    # Not compiled: zeros like a parameter then lie as it does.
+    # Not compiled, so that zeros_like(parameter) has the sharding of the parameter.
     state = State(params, optimizer.init(params))  # type: ignore
     return graph, optimizer, sharding.place_rest(state, mesh)
 
@@ -122,7 +125,7 @@ def initial(
 
 
 def loss_fn(params: nnx.State, graph: nnx.GraphDef, windows: jax.Array) -> jax.Array:
-    """Mean cross-entropy in nats a token of windows (B, T + 1)."""
+    """Returns the mean cross-entropy of windows (B, T + 1) in nats per token."""
     logits = nnx.merge(graph, params)(windows[:, :-1])  # (B, T, V)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
     return jnp.mean(losses)
@@ -134,13 +137,13 @@ def make_step(
     mesh: jax.sharding.Mesh | None = None,
     like: State | None = None,
 ) -> jax.stages.Wrapped:
-    """Compiled: state and windows (A, B, T + 1) to the next state and the mean loss.
+    """Returns a compiled step from state and windows (A, B, T + 1) to state and loss.
 
     Args:
       graph: The model without its parameters.
-      optimizer: Takes the mean gradient.
-      mesh: Of state and windows, None on one device.
-      like: A state that lies as the next one shall.
+      optimizer: Optimizer of the mean loss over all micro-batches.
+      mesh: Mesh of the state and the windows; None: a single device.
+      like: A state with the shardings of the result.
     """
     on_mesh = sharding.spread(loss_fn, mesh)
 
@@ -149,7 +152,7 @@ def make_step(
             found = jax.value_and_grad(on_mesh)(state.params, graph, micro_batch)
             return jax.tree.map(jnp.add, total, found), None
 
-        count = windows.shape[0]  # of micro-batches (A, B, T + 1)
+        count = windows.shape[0]  # number of micro-batches
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
         if count == 1:
             total, _ = add_micro_batch(zero, windows[0])
@@ -167,23 +170,23 @@ def make_step(
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Trains, and returns the final record, with all others under `records`.
+    """Trains, and returns the final record, with all other records under `records`.
 
-    Ctrl-C and SIGTERM end the run after the step in progress, with a checkpoint, and
-    then `stopped` is their name. `seconds` are those of this process, spent in steps.
+    Ctrl-C or SIGTERM stops the run after the current step, with a checkpoint; `stopped`
+    is then the name of the signal. `seconds` is the time this process spent in steps.
     """
     config = configs.resolve(config)
     mesh = sharding.make_mesh(config.mesh, config.mesh_axes)
-    batches.micro_batch_size(config, mesh)  # Or raises, before a file is written.
+    batches.micro_batch_size(config, mesh)  # Checks it before any file is written.
     return train_on(mesh, config)
 
 
 def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
-    """`train` on a given mesh, which may be of some devices only."""
+    """Trains on a given mesh, which may consist of some of the devices only."""
     quiet = config.quiet or not processes.is_first()
     say = (lambda _: None) if quiet else tqdm.write
 
-    # Output and data; a resumed run takes the tokenizer that it was begun with.
+    # Output and data. A resumed run uses its original tokenizer.
     folder = Path(config.out) if config.out else None
     writes = processes.is_first()
     log = record.Record(
@@ -201,7 +204,7 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
 
     windows = batches.Batches(dataset, config, mesh)
 
-    # Model, optimizer, and what they were at the last checkpoint
+    # Model and optimizer, restored from the last checkpoint if the run is resumed
     graph, optimizer, state = initial(config, dataset.vocab_size, mesh)
     table = om.describe(state.params)
     parameters = check_ownership(table, state.params)
@@ -211,13 +214,11 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
     start = 0
     if config.resume:
         log.check_same(configs.identity(config), dataset.sha256)
-        start = saved.latest() or 0
-        if not start:
-            say("no complete checkpoint: begins again at step 0")
-        state = saved.restore(start, state) if start else state
+        start, state = saved.restore(state, say)
+        say(f"resuming after step {start}" if start else "no checkpoint: restarting")
         log.rewind(start)
 
-    # What this run is, before anything happens
+    # Description of the run
     about = {
         "parameters": parameters,
         "compute_dtype": configs.compute_dtype(config),
@@ -225,15 +226,15 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
         "data_sha256": dataset.sha256,
         **record.environment(),
     }
-    beside = f"data sha256 {dataset.sha256}, Python {about['python']}"
-    takes_all = f"{config.optimizer} takes all {len(table.rows)} leaves"
-    say(str(table) if config.optimizer in om.MATRIX_OPTIMIZERS else takes_all)
+    source = f"data sha256 {dataset.sha256}, Python {about['python']}"
+    all_leaves = f"{config.optimizer} trains all {len(table.rows)} leaves"
+    say(str(table) if config.optimizer in om.MATRIX_OPTIMIZERS else all_leaves)
     for name, value in {**dataclasses.asdict(config), **about}.items():
         say(f"{name:>20}  {value}")
     about["config"] = dataclasses.asdict(config)
     log.add("resume" if config.resume else "run", step=start, **about)
 
-    # Compiled first, so that the clock below measures steps
+    # Compile first, so that the timings below are of steps only
     begin = time.perf_counter()
     step_fn = make_step(graph, optimizer, mesh, like=state)
     step_fn = step_fn.lower(state, windows.train(start)).compile()
@@ -242,7 +243,7 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
     compile_seconds = time.perf_counter() - begin
 
     rate = schedule(config.lr, config)
-    tokens_a_step = config.batch_size * config.context
+    tokens_per_step = config.batch_size * config.context
     seconds, timed, speed, skipped = 0.0, 0, 0.0, int(state.optimizer.total_notfinite)
     mark, marked, done, stopped = time.perf_counter(), start, start, None
     with (
@@ -263,10 +264,10 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
 
             value = float(loss)  # waits for the device
             seconds, timed = seconds + time.perf_counter() - mark, timed + done - marked
-            speed = tokens_a_step * timed / seconds
+            speed = tokens_per_step * timed / seconds
             before, skipped = skipped, int(state.optimizer.total_notfinite)
             if skipped > before:
-                say(f"step {done}: {skipped} steps skipped, their gradient not finite")
+                say(f"step {done}: {skipped} steps skipped with non-finite gradients")
             om.diagnostics.check_refreshes(state.optimizer)
             log.add(
                 "train",
@@ -274,7 +275,7 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
                 loss=value,
                 learning_rate=float(rate(done - 1 - skipped)),
                 skipped=skipped,
-                tokens=done * tokens_a_step,
+                tokens=done * tokens_per_step,
                 tokens_per_second=round(speed),
             )
             bar.set_postfix_str(f"loss {value:.4f}, {speed:,.0f} tokens/s")
@@ -282,7 +283,7 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
                 value = sum(float(eval_fn(state.params, w)) for w in windows.val)
                 value /= len(windows.val)
                 log.add("val", step=done, loss=value)
-                say(f"step {done}: validation loss {value:.4f} ({beside})")
+                say(f"step {done}: validation loss {value:.4f} ({source})")
             if save:
                 saved.save(done, state)
             if stopped:
@@ -290,8 +291,8 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
             mark, marked = time.perf_counter(), done
 
     if stopped and done < config.steps:
-        way = saved.hint() if saved else "without a checkpoint"
-        say(f"stopped by {stopped.name} after step {done}, {way}")
+        hint = saved.hint() if saved else "no checkpoint was saved"
+        say(f"stopped by {stopped.name} after step {done}; {hint}")
         return {"stopped": stopped.name, "step": done, "records": log.records}
 
     # A sample, the result, and a plot
@@ -320,14 +321,14 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
         plot.plot([folder, *config.compare], folder / "loss.png")
     say(
         f"{config.optimizer}, lr {config.lr}, seed {config.seed}: validation loss "
-        f"{result['loss']:.4f} after {done} steps, {skipped} of them skipped, in "
-        f"{seconds:.1f} s and {compile_seconds:.1f} s to compile ({beside})"
+        f"{result['loss']:.4f} after {done} steps ({skipped} skipped), {seconds:.1f} s "
+        f"of training and {compile_seconds:.1f} s of compilation ({source})"
     )
     return {**result, "stopped": None, "records": log.records}
 
 
 def main() -> None:
-    # Before the processes meet: then none finds the folder that another has made.
+    # Before the processes connect, so that all choose the same new output folder.
     config = configs.from_command_line()
     with processes.joined(config):
         result = train(config)
