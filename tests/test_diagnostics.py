@@ -74,13 +74,20 @@ def test_small_angles_are_right():
 
 
 def test_muonh_turns_by_its_learning_rate():
-    params = {"kernel": problems.normal((8, 6))}
-    tx = om.muonh(0.01)
-    updates, _ = tx.update(params, tx.init(params), params)
+    # The gradient and the parameters have no nonzero row in common, so the direction D
+    # is perpendicular to W. The step W - rate |W| D / |D|, retracted onto the sphere of
+    # radius |W|, turns W by atan(rate); its chord is 2 sin(angle / 2) of the radius.
+    x, rate = problems.normal((8, 6)), 0.01
+    params, grads = {"kernel": x.at[:3].set(0)}, {"kernel": x.at[3:].set(0)}
+    tx = om.muonh(rate)
+    updates, _ = tx.update(grads, tx.init(params), params)
     after = {"kernel": params["kernel"] + updates["kernel"]}
-    ratio = d.update_to_weight(updates, params)["kernel"]
-    assert 0 < ratio < 0.0101
-    assert 0 < d.rotation_angle(params, after)["kernel"] < 0.0101
+    angle = np.arctan(rate)
+    # Float32 parameters round the step by at most 2⁻²⁴ / rate of its length.
+    assert d.update_to_weight(updates, params)["kernel"] == pytest.approx(
+        2 * np.sin(angle / 2), rel=1e-5
+    )
+    assert d.rotation_angle(params, after)["kernel"] == pytest.approx(angle, rel=1e-5)
 
 
 def test_signal_to_noise():
