@@ -48,6 +48,8 @@ PUBLISHED = {
         (2.2230472, -0.9630650, 0.0),
     ],
 }
+# The first AOL row changes sign at 0.884, so inputs are scaled down to this.
+AOL_LARGEST = 0.85
 
 
 def safe_rows(name, safety=1.01):
