@@ -21,6 +21,14 @@ def inverse_root(a, exponent, damping):
     return (q * (np.maximum(w, 0) + damping * w.max()) ** exponent) @ q.T
 
 
+def is_due(since, refresh, turn):
+    """Returns whether to refresh `since` updates after the first refresh.
+
+    One of every `refresh` updates does. Staggered matrices differ in `turn`.
+    """
+    return since == 0 or (since - turn) % refresh == 0
+
+
 def shampoo(
     grads,
     *,
@@ -29,6 +37,7 @@ def shampoo(
     exponents=(-0.25, -0.25),
     damping,
     refresh=1,
+    turn=0,
     start=0,
 ):
     """Shampoo (arXiv:1802.09568) with momentum and, for b2 < 1, averages.
@@ -53,7 +62,7 @@ def shampoo(
             stat_r = b2 * stat_r + (1 - b2) * g.T @ g
             hat_l, hat_r = stat_l / (1 - b2**t), stat_r / (1 - b2**t)
         since = t - 1 - start
-        if since >= 0 and since % refresh == 0:
+        if since >= 0 and is_due(since, refresh, turn):
             if exponents[0] is not None:
                 root_l = inverse_root(hat_l, exponents[0], damping)
             if exponents[1] is not None:
@@ -123,6 +132,7 @@ def soap(
     shampoo_b2=None,
     eps,
     refresh=1,
+    turn=0,
     first_bases=None,
     left=True,
     right=True,
@@ -154,7 +164,7 @@ def soap(
 
         stat_l = bs * stat_l + (1 - bs) * g @ g.T
         stat_r = bs * stat_r + (1 - bs) * g.T @ g
-        if s % refresh == 0:
+        if is_due(s, refresh, turn):
             m = rotated_back(m, ql, qr)
             if left:
                 order = descending(stat_l, ql)
@@ -222,6 +232,7 @@ def kl_soap(
     shampoo_b2=None,
     eps,
     refresh=1,
+    turn=0,
     initial=0.1,
     clamp=4000,
     first_bases=None,
@@ -247,7 +258,7 @@ def kl_soap(
             kl_observed(left, right, g, bs, clamp),
             kl_observed(right, left, g.T, bs, clamp),
         )
-        if s % refresh == 0:
+        if is_due(s, refresh, turn):
             m = rotated_back(m, left.q, right.q)
             left, right = kl_turned(left), kl_turned(right)
             m = rotated_in(m, left.q, right.q)
@@ -261,6 +272,7 @@ def kl_shampoo(
     b2,
     eps,
     refresh=1,
+    turn=0,
     initial=0.1,
     clamp=4000,
     first_bases=None,
@@ -285,7 +297,7 @@ def kl_shampoo(
             kl_observed(left, right, g, b2, clamp),
             kl_observed(right, left, g.T, b2, clamp),
         )
-        if s % refresh == 0:
+        if is_due(s, refresh, turn):
             left, right = kl_turned(left), kl_turned(right)
     return np.stack(out)
 

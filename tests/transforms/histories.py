@@ -1,6 +1,6 @@
-"""What the tests of the preconditioners share: gradients, and all that becomes of them.
+"""Gradients and results over many steps, shared by the tests of preconditioners.
 
-A history is a tree of NumPy arrays (steps, ...).
+A history is a tree of NumPy arrays of shape (steps, ...).
 """
 
 import jax
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 STEPS = 30
-# Twice the smaller side is above the larger one: the second gradient fills both
-# statistics, and from then on every basis is unique but for signs.
+# Twice the smaller side exceeds the larger one, so both statistics have full rank after
+# two gradients. From then on every basis is unique up to signs.
 SHAPES = {"square": (6, 6), "tall": (8, 5), "wide": (5, 8), "stack": (2, 4, 4)}
 
 
 def gradients(shapes, steps=STEPS):
-    """Standard normal ones in float64: a tree, or a leaf if `shapes` is one."""
+    """Returns standard normal gradients in float64, in a tree like that of `shapes`."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda shape: rng.standard_normal((steps, *shape)),
@@ -24,10 +24,10 @@ def gradients(shapes, steps=STEPS):
 
 
 def of(tx, grads, dtype="float64", jit=False):
-    """Updates and states after each gradient of a history.
+    """Returns the updates and the states of `tx` after each gradient of a history.
 
-    Without jit, what the library compiles by itself is shared by all transforms of the
-    same program, whatever their numbers, and by all tests.
+    Without `jit`, only the functions that the library itself compiles are compiled.
+    Tests share them, even if the numerical settings of their transforms differ.
     """
     update = jax.jit(tx.update) if jit else tx.update
     state, seen = None, []
@@ -41,14 +41,14 @@ def of(tx, grads, dtype="float64", jit=False):
 
 
 def matrices(history):
-    """The history of each matrix of a leaf."""
+    """Returns the history of each matrix of a leaf."""
     if history.ndim == 3:
         return [history]
     return [history[:, i] for i in range(history.shape[1])]
 
 
 def pairs(got, grads):
-    """(name, history, gradients) of each matrix of a tree."""
+    """Returns (name, history, gradients) for each matrix of a tree."""
     return [
         (name, *pair)
         for name, leaf in grads.items()
@@ -57,7 +57,7 @@ def pairs(got, grads):
 
 
 def blocks(shape, size):
-    """Slices of the blocks of at most `size`, row by row."""
+    """Returns the slices of blocks whose sides are at most `size`, row by row."""
     rows, columns = (
         [slice(i, min(i + size, side)) for i in range(0, side, size)] for side in shape
     )
@@ -65,33 +65,25 @@ def blocks(shape, size):
 
 
 def close(got, want, tolerance, message=""):
-    """Raises unless errors are below this share of the largest entry."""
+    """Asserts that errors are at most `tolerance` times the largest entry of `want`."""
     atol = tolerance * np.abs(want).max()
     np.testing.assert_allclose(got, want, rtol=0, atol=atol, err_msg=message)
 
 
-class Turn:
-    """Stands for `refresh` in the references: at 0, and then at its turn of each round.
-
-    They ask for `since % refresh == 0`.
-    """
-
-    def __init__(self, turn, every):
-        self.turn, self.every = turn, every
-
-    def __rmod__(self, since):
-        return since and (since - self.turn) % self.every
-
-
 def turns(changed, refresh):
-    """In which update of a round each matrix is refreshed.
+    """Returns which update of each round refreshes each matrix, the first being 0.
+
+    The references count from the first refresh, one update before the first round, so
+    their `turn` is greater by 1.
 
     Args:
-      changed: (updates, matrices), whether it was, from an update on in which all were.
-      refresh: How many updates are a round.
+      changed: Whether each update refreshed each matrix, of shape (updates, matrices).
+        It starts after the update that refreshes all of them for the first time.
+      refresh: The number of updates in a round.
 
     Raises:
-      AssertionError: Unless each was once in every round, always in the same update.
+      AssertionError: Unless each matrix was refreshed once per round, at the same place
+        in every round.
     """
     rounds = len(changed) // refresh
     assert rounds >= 2

@@ -144,10 +144,8 @@ def test_staggered_each_has_a_turn():
     turns = histories.turns(changed, 3)
     assert turns[0] != turns[1]
     for i in range(2):
-        # The first update of a round is one after the first of all.
-        turn = histories.Turn(turns[i] + 1, 3)
         bases = first_bases(state, (4, 3), i)
-        want = expected("soap", grads[:, i], bases, refresh=turn)
+        want = expected("soap", grads[:, i], bases, refresh=3, turn=turns[i] + 1)
         histories.close(got[:, i], want, 1e-8)
 
 

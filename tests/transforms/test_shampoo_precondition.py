@@ -148,9 +148,7 @@ def test_staggered_each_has_a_turn():
     turns = histories.turns(changed[start:], refresh)
     assert turns[0] != turns[1]
     for i in range(count):
-        # The first update of a round is one after the start.
-        turn = histories.Turn(turns[i] + 1, refresh)
-        want = expected(grads[:, i], refresh=turn, start=start)
+        want = expected(grads[:, i], refresh=refresh, turn=turns[i] + 1, start=start)
         histories.close(got[:, i], want, 1e-9)
 
 

@@ -107,9 +107,8 @@ def test_staggered_each_has_a_turn():
     turns = histories.turns(changed, refresh)
     assert np.bincount(turns).max() == -(-count // refresh)
     for i in range(count):
-        # The first update of a round is one after the first of all.
-        turn = histories.Turn(turns[i] + 1, refresh)
-        want = expected(grads[:, i], first_bases(state, (4, 3), i), refresh=turn)
+        bases = first_bases(state, (4, 3), i)
+        want = expected(grads[:, i], bases, refresh=refresh, turn=turns[i] + 1)
         histories.close(got[:, i], want, 1e-8)
 
 
