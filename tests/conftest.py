@@ -1,26 +1,43 @@
-"""Stricter than a user's environment: eight devices, no silent rank promotion."""
+"""Configures JAX for the tests: eight devices, and no silent rank promotion."""
 
 import atexit
 import os
 import shutil
 import tempfile
 
-# Thousands of small programs, most of them the same in several tests: compiled once for
-# all workers, and without the optimizations of machine code that cost more than they
-# save here. The compiler's own passes (fusion, collectives) run as they do elsewhere.
-# Flags from outside come last and win: CI runs the slow tests as users compile.
+# The tests compile thousands of small programs, many of them several times, so all
+# workers share one compilation cache.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = tempfile.mkdtemp(prefix="optax_matrix_tests_")
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    os.environ["XLA_FLAGS"] = (
-        "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0 "
-        f"{os.environ.get('XLA_FLAGS', '')}"
-    ).strip()
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Most tests run without LLVM's optimizations, because compiling takes longer than they
+# save. XLA's own passes (fusion, collectives) always run. Tests marked `core`, and
+# processes that tests start, have all optimizations, as users do. In CI's slow tests
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 enables them everywhere.
+FLAG = "jax_disable_most_optimizations"
+if FLAG.upper() not in os.environ:
+    jax.config.update(FLAG, True)
+DISABLED = jax.config.read(FLAG)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "core: compiled with all optimizations")
+
+
+@pytest.fixture(autouse=True)
+def optimizations(request):
+    """Enables all optimizations for tests marked `core`."""
+    disable = DISABLED and request.node.get_closest_marker("core") is None
+    if jax.config.read(FLAG) != disable:
+        jax.config.update(FLAG, disable)
+        jax.clear_caches()  # The flag is not part of their keys.

@@ -20,6 +20,8 @@ from optax_matrix._linalg import (
 from tests.linalg.problems import SHAPES, gaussian, matrix, run
 from tests.references import polar as reference
 
+pytestmark = pytest.mark.core
+
 KINDS = ["1", "1e3", "1e8", "rank-deficient"]
 
 # Error of float32 in spectral norm: 2⁻²⁴ times ∏ aᵢ, by which a rounding error in the
