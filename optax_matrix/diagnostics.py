@@ -1,13 +1,13 @@
-"""What to log of a training run: spectra, step sizes, orthogonality, signal to noise.
+"""Diagnostics to log during training: spectra, step sizes, orthogonality, and noise.
 
-The functions take trees of matrix leaves (updates, parameters, gradients) and return
-trees with one number a matrix: an array of shape (matrices,) for each leaf, in the
-order of its batch axes. All run inside jit. Those marked *cheap* take a pass or two
-over the leaf, or one product on its small side, and can run at every step; the others
-need all singular values.
+Most functions take trees of matrix leaves (updates, parameters or gradients) and return
+trees with one number per matrix: an array of shape (matrices,) for each leaf, in the
+order of its batch axes. These functions work inside `jax.jit`. Functions marked *cheap*
+make one or two passes over the leaf, or compute one product on its smaller side, and
+can run at every step. The others compute all singular values.
 
-Leaves are read through ``layout`` as everywhere: None takes the last two axes as
-(inputs, outputs).
+The argument ``layout`` has the same meaning as in the transforms. None: the last two
+axes of each leaf are (inputs, outputs).
 """
 
 from collections.abc import Callable
@@ -36,15 +36,15 @@ __all__ = [
 
 
 def singular_values(tree: Any, *, layout: _layout.Layout = None) -> Any:
-    """Singular values of each matrix, in falling order.
+    """Returns the singular values of each matrix, in descending order.
 
     Args:
       tree: Matrix leaves.
-      layout: Which axes are the matrix.
+      layout: The axes that form the matrix, see `MatrixLayout`.
 
     Returns:
-      The tree with an array (matrices, min(in, out)) for each leaf; where a leaf is
-      split into blocks of several shapes, shorter rows are filled up with zeros.
+      A tree with an array of shape (matrices, min(inputs, outputs)) for each leaf. If a
+      leaf is split into blocks of different shapes, shorter rows are padded with zeros.
     """
 
     def values(x: jax.Array) -> jax.Array:
@@ -54,20 +54,21 @@ def singular_values(tree: Any, *, layout: _layout.Layout = None) -> Any:
 
 
 def spectral_entropy(tree: Any, *, layout: _layout.Layout = None) -> Any:
-    r"""Entropy of the squared singular values: how evenly a matrix spends its energy.
+    r"""Returns the entropy of the normalized squared singular values of each matrix.
 
     .. math::
       H = -\sum_i p_i \log p_i, \qquad p_i = \sigma_i^2 / \textstyle\sum_j \sigma_j^2.
 
-    From 0 (rank one) to log of the smaller side (orthogonal). Its fall during training
-    while the norm is kept is the "spectral squeeze".
+    It ranges from 0 (rank one) to the logarithm of the smaller side (orthogonal). If it
+    falls during training while the norm stays the same, a few singular directions
+    dominate increasingly (the "spectral squeeze").
 
     Args:
       tree: Matrix leaves.
-      layout: Which axes are the matrix.
+      layout: The axes that form the matrix, see `MatrixLayout`.
 
     Returns:
-      The tree with one number a matrix; 0 for a zero matrix.
+      A tree with one number per matrix; 0 for a zero matrix.
     """
 
     def entropy(x: jax.Array) -> jax.Array:
@@ -79,18 +80,18 @@ def spectral_entropy(tree: Any, *, layout: _layout.Layout = None) -> Any:
 
 
 def participation_ratio(tree: Any, *, layout: _layout.Layout = None) -> Any:
-    r"""Effective number of singular directions. *Cheap*: one Gram matrix.
+    r"""Returns the effective number of singular directions. *Cheap*: one Gram matrix.
 
     .. math:: (\sum_i \sigma_i^2)^2 / \sum_i \sigma_i^4 = \|X\|_F^4 / \|X X^\top\|_F^2.
 
-    From 1 (rank one) to the smaller side (orthogonal).
+    It ranges from 1 (rank one) to the smaller side (orthogonal).
 
     Args:
       tree: Matrix leaves.
-      layout: Which axes are the matrix.
+      layout: The axes that form the matrix, see `MatrixLayout`.
 
     Returns:
-      The tree with one number a matrix; 0 for a zero matrix.
+      A tree with one number per matrix; 0 for a zero matrix.
     """
 
     def ratio(x: jax.Array) -> jax.Array:
@@ -104,14 +105,14 @@ def participation_ratio(tree: Any, *, layout: _layout.Layout = None) -> Any:
 
 
 def stable_rank(tree: Any, *, layout: _layout.Layout = None) -> Any:
-    r"""Stable rank, :math:`\|X\|_F^2 / \sigma_1^2`.
+    r"""Returns the stable rank of each matrix, :math:`\|X\|_F^2 / \sigma_1^2`.
 
     Args:
       tree: Matrix leaves.
-      layout: Which axes are the matrix.
+      layout: The axes that form the matrix, see `MatrixLayout`.
 
     Returns:
-      The tree with one number a matrix, at least 1; 0 for a zero matrix.
+      A tree with one number per matrix, at least 1; 0 for a zero matrix.
     """
 
     def rank(x: jax.Array) -> jax.Array:
@@ -122,19 +123,19 @@ def stable_rank(tree: Any, *, layout: _layout.Layout = None) -> Any:
 
 
 def orthogonality_error(tree: Any, *, layout: _layout.Layout = None) -> Any:
-    r"""Distance from semi-orthogonal, :math:`\|O O^\top - I\|_F`. *Cheap*.
+    r"""Returns the distance from semi-orthogonal, :math:`\|O O^\top - I\|_F`. *Cheap*.
 
-    The Gram matrix is taken on the smaller side. Singular values spread by
-    :math:`\delta` about one give about :math:`2 \delta \sqrt{p}` for a smaller side
-    :math:`p`.
+    The Gram matrix is computed on the smaller side, whose length is :math:`p`. If the
+    singular values deviate from 1 by :math:`\delta`, the distance is about
+    :math:`2 \delta \sqrt{p}`.
 
     Args:
-      tree: Matrix leaves, such as updates before the scale of the shape and the
-        learning rate.
-      layout: Which axes are the matrix.
+      tree: Matrix leaves, such as updates before they are scaled by their shape and by
+        the learning rate.
+      layout: The axes that form the matrix, see `MatrixLayout`.
 
     Returns:
-      The tree with one number a matrix.
+      A tree with one number per matrix.
     """
 
     def error(x: jax.Array) -> jax.Array:
@@ -147,16 +148,16 @@ def orthogonality_error(tree: Any, *, layout: _layout.Layout = None) -> Any:
 
 
 def root_mean_square(tree: Any, *, layout: _layout.Layout = None) -> Any:
-    """Root mean square entry of each matrix. *Cheap*.
+    """Returns the root mean square of the entries of each matrix. *Cheap*.
 
-    Of updates before the learning rate AdamW has about 0.2, see `match_rms`.
+    The updates of AdamW, before the learning rate, have about 0.2; see `match_rms`.
 
     Args:
       tree: Matrix leaves.
-      layout: Which axes are the matrix.
+      layout: The axes that form the matrix, see `MatrixLayout`.
 
     Returns:
-      The tree with one number a matrix.
+      A tree with one number per matrix.
     """
 
     def rms(x: jax.Array) -> jax.Array:
@@ -168,15 +169,15 @@ def root_mean_square(tree: Any, *, layout: _layout.Layout = None) -> Any:
 def update_to_weight(
     updates: Any, params: Any, *, layout: _layout.Layout = None
 ) -> Any:
-    r"""Relative length of a step, :math:`\|\Delta W\|_F / \|W\|_F`. *Cheap*.
+    r"""Returns the relative step length :math:`\|\Delta W\|_F / \|W\|_F`. *Cheap*.
 
     Args:
-      updates: Matrix leaves: the steps, learning rate included.
-      params: The parameters they are added to.
-      layout: Which axes are the matrix.
+      updates: Matrix leaves: the steps, including the learning rate.
+      params: The parameters that the steps are added to.
+      layout: The axes that form the matrix, see `MatrixLayout`.
 
     Returns:
-      The tree with one number a matrix; infinite where a zero matrix takes a step.
+      A tree with one number per matrix. A step from a zero matrix gives infinity.
     """
 
     def ratio(u: jax.Array, p: jax.Array) -> jax.Array:
@@ -186,21 +187,24 @@ def update_to_weight(
 
 
 def rotation_angle(before: Any, after: Any, *, layout: _layout.Layout = None) -> Any:
-    r"""Angle in radians by which each matrix, taken as a vector, has turned. *Cheap*.
+    r"""Returns the angle in radians between two states of each matrix. *Cheap*.
+
+    Each matrix is treated as a vector of its entries.
 
     .. math::
       \angle(A, B) = 2 \operatorname{atan2}(\|a - b\|, \|a + b\|),
       \quad a = A / \|A\|_F, \; b = B / \|B\|_F,
 
-    which is right for small angles too, where the arc cosine of the product is not.
+    This formula is accurate for small angles too, unlike the arc cosine of the inner
+    product.
 
     Args:
-      before: Matrix leaves, such as parameters before a step.
-      after: The same after it.
-      layout: Which axes are the matrix.
+      before: Matrix leaves, such as the parameters before a step.
+      after: The same leaves after the step.
+      layout: The axes that form the matrix, see `MatrixLayout`.
 
     Returns:
-      The tree with one number a matrix, from 0 to pi.
+      A tree with one number per matrix, from 0 to pi.
     """
 
     def angle(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -212,18 +216,19 @@ def rotation_angle(before: Any, after: Any, *, layout: _layout.Layout = None) ->
 
 
 def signal_to_noise(first: Any, second: Any, *, eps: ArrayLike = 1e-30) -> Any:
-    r"""Signal-to-noise ratio of each parameter, :math:`|\hat m| / \sqrt{\hat v}`.
+    r"""Returns the signal-to-noise ratio :math:`|\hat m| / \sqrt{\hat v}`. *Cheap*.
 
-    *Cheap*. 1 for a constant gradient, about :math:`\sqrt{(1-\beta_1)/(1+\beta_1)}` for
-    pure noise.
+    The ratio of an entry is 1 if its gradient is constant, and about
+    :math:`\sqrt{(1-\beta_1)/(1+\beta_1)}` if its gradient is pure noise.
 
     Args:
-      first: Bias-corrected first moments, leaves of any shape.
-      second: Bias-corrected second moments.
-      eps: Added to the second moment, so that a gradient that was always 0 gives 0.
+      first: The bias-corrected first moments, with leaves of any shape.
+      second: The bias-corrected second moments.
+      eps: Added to the second moments, so that an entry whose gradient was always 0 has
+        the ratio 0.
 
     Returns:
-      The tree with the leaves' own shapes, in float32 or wider.
+      A tree with one number per entry of each leaf, in float32 or wider.
     """
 
     def ratio(m: jax.Array, v: jax.Array) -> jax.Array:
@@ -234,18 +239,19 @@ def signal_to_noise(first: Any, second: Any, *, eps: ArrayLike = 1e-30) -> Any:
 
 
 def refreshes(state: Any) -> dict[str, Health]:
-    """How the refreshes of roots and bases went, in any state that has some. *Cheap.*
+    """Returns whether the refreshes of preconditioners succeed. *Cheap*.
 
     Args:
-      state: The state of an optimizer with `shampoo_precondition`, `soap_precondition`
-        or a KL rule in it.
+      state: The state of any optimizer. Only states of `shampoo_precondition`,
+        `soap_precondition`, `kl_shampoo_precondition` and `kl_soap_precondition` have
+        roots or bases to refresh.
 
     Returns:
-      By the place in the state, as in ``matrices/384x1536/left``, an array of each kind
-      with one number a matrix of that shape, or for each of its parts where several
-      devices share it: ``failures``, how many refreshes in a row failed by now, and
-      ``stuck``, whether that ever were ``max_failures``. Empty if there is no
-      preconditioner.
+      A dict from the path of each stack of roots or bases in the state, such as
+      ``matrices/384x1536/left``, to a named tuple of two arrays, each with one number
+      per row of the stack: ``failures`` is the current number of consecutive failed
+      refreshes, and ``stuck`` is whether it has ever reached ``max_failures``. The dict
+      is empty if the state has no preconditioner.
     """
 
     def is_health(node: Any) -> bool:
@@ -257,16 +263,17 @@ def refreshes(state: Any) -> dict[str, Health]:
 
 
 def check_refreshes(state: Any) -> dict[str, Health]:
-    """Raises if a preconditioner has stopped working; outside of `jax.jit`.
+    """Raises if a preconditioner has stopped working. Call it outside of `jax.jit`.
 
     Args:
-      state: As of `refreshes`.
+      state: The state of any optimizer, as in `refreshes`.
 
     Returns:
-      What `refreshes` does.
+      The result of `refreshes`.
 
     Raises:
-      RuntimeError: If any matrix is ``stuck``, with its place in the state.
+      RuntimeError: If any matrix is ``stuck``. The message contains its path in the
+        state and its row of the stack.
     """
     found, stuck = refreshes(state), {}
     for name, health in found.items():
@@ -285,7 +292,10 @@ def check_refreshes(state: Any) -> dict[str, Health]:
 def _per_matrix(
     fn: Callable[..., jax.Array], layout: _layout.Layout, *trees: Any
 ) -> Any:
-    """Maps `fn`, from stacks (count, m, n) to (count, ...), over the leaves."""
+    """Applies `fn` to the matrices of each leaf.
+
+    It takes stacks of shape (count, m, n) and returns an array of shape (count, ...).
+    """
 
     def on_leaf(view: _layout.MatrixView, *leaves: jax.Array) -> jax.Array:
         stacks = [
@@ -297,6 +307,7 @@ def _per_matrix(
 
 
 def _join(parts: list[jax.Array]) -> jax.Array:
+    """Concatenates the results for the blocks of a leaf, padding rows with zeros."""
     if parts[0].ndim == 2:
         width = max(part.shape[1] for part in parts)
         parts = [jnp.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts]
@@ -304,18 +315,19 @@ def _join(parts: list[jax.Array]) -> jax.Array:
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """`x` over its largest entry: squares then neither underflow nor overflow."""
+    """Divides each matrix by its largest entry, so that no square overflows."""
     return _numerics.divide_or_zero(x, jnp.max(jnp.abs(x), (-2, -1), keepdims=True))
 
 
 def _gram(x: jax.Array) -> jax.Array:
-    """The product of `x` with itself on its smaller side."""
+    """Returns the Gram matrix of `x` on its smaller side."""
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     return jnp.matmul(x, x.mT, precision="highest")
 
 
 def _norm(x: jax.Array, keepdims: bool = False) -> jax.Array:
+    """Returns the Frobenius norm of each matrix, without overflow or underflow."""
     largest = jnp.max(jnp.abs(x), (-2, -1), keepdims=True)
     unit = jnp.linalg.norm(_numerics.divide_or_zero(x, largest), axis=(-2, -1))
     norm = unit[..., None, None] * largest

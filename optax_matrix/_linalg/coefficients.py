@@ -1,4 +1,4 @@
-"""Named Newton-Schulz coefficient tables, each checked when it is made."""
+"""Named Newton-Schulz coefficient tables, which check themselves on construction."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ NORMALIZATIONS: tuple[Normalization, ...] = ("frobenius", "schatten4", "aol")
 
 
 def compose(rows: Sequence[Row], sigma: np.ndarray) -> np.ndarray:
-    """Applies ``σ ← aσ + bσ³ + cσ⁵`` row after row, in float64 NumPy.
+    """Applies ``σ ← aσ + bσ³ + cσ⁵`` with each row in turn, in float64 NumPy.
 
-    This is what the matrix iteration does to every singular value.
+    The matrix iteration does the same to every singular value.
 
     Args:
-      rows: Coefficients ``(a, b, c)``, first applied first.
-      sigma: Singular values, any shape.
+      rows: The coefficients ``(a, b, c)`` of each step, in the order of the steps.
+      sigma: Singular values, in an array of any shape.
 
     Returns:
-      The mapped values, same shape, float64.
+      The mapped values, in a float64 array of the same shape.
     """
     y = np.asarray(sigma, np.float64)
     for a, b, c in rows:
@@ -38,29 +38,31 @@ def compose(rows: Sequence[Row], sigma: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class CoefficientTable:
-    """A schedule of odd quintics ``p(σ) = aσ + bσ³ + cσ⁵`` and what it promises.
+    """A schedule of odd quintics ``p(σ) = aσ + bσ³ + cσ⁵`` with guaranteed bounds.
 
-    Making a table checks the promise in float64: ``default_steps`` steps, safety
-    included, map ``domain`` into ``band``, and map the singular values below ``domain``
-    into [0, top of ``band``], so that none changes sign or runs away.
+    The constructor checks the bounds in float64: ``default_steps`` steps, including
+    ``safety``, map ``domain`` into ``band``. They map singular values below ``domain``
+    into [0, upper end of ``band``], so that none changes sign or diverges.
 
     Args:
-      name: What `resolve` looks the table up by.
-      rows: The published ``(a, b, c)``, first applied first.
-      source: Where the numbers come from.
-      domain: The singular values the promise covers, within (0, 1]. An upper end below
-        1 says that the rows fail above it; `take` then scales the input by it.
-      band: Where ``default_steps`` steps put them.
-      default_steps: Number of steps when none is asked for.
-      repeats_last: Whether more steps than rows repeat the last row.
-      prefix: Whether the first k rows are themselves a schedule of k steps.
-      safety: Default s of ``(a/s, b/s³, c/s⁵)``, at least 1; it shrinks what rounding
-        has pushed past the interval a row was made for. The last row is exempt.
-      normalization: How the input is scaled for σ_max ≤ 1.
+      name: The name under which `resolve` finds the table.
+      rows: The published ``(a, b, c)`` of each step, in the order of the steps.
+      source: Where the numbers were published.
+      domain: The interval of singular values that the bounds hold for, within (0, 1].
+        An upper end below 1 means that the rows fail above it; `take` then scales the
+        input down to it.
+      band: The interval into which ``default_steps`` steps map ``domain``.
+      default_steps: The number of steps if none is given.
+      repeats_last: Whether the last row is repeated if there are more steps than rows.
+      prefix: Whether the first k rows are a valid schedule of k steps.
+      safety: The default s of ``(a/s, b/s³, c/s⁵)``, at least 1. It shrinks singular
+        values that rounding has pushed out of the interval that a row was designed for.
+        It does not apply to the last row.
+      normalization: The normalization of the input, which ensures σ_max ≤ 1.
 
     Raises:
-      ValueError: If a row is not three finite numbers, a count or an interval makes no
-        sense, or the promise does not hold.
+      ValueError: If a row is not three finite numbers, if a count or an interval is out
+        of range, or if the bounds do not hold.
     """
 
     name: str
@@ -75,7 +77,7 @@ class CoefficientTable:
     normalization: Normalization = "frobenius"
 
     def __post_init__(self) -> None:
-        """Checks the table against its own promise."""
+        """Checks that the rows keep the stated bounds."""
         _as_rows(self.rows, f"table {self.name!r}")
         _check.one_of("normalization", self.normalization, NORMALIZATIONS)
         low, high = self.domain
@@ -86,11 +88,11 @@ class CoefficientTable:
             )
         rows = self.take(self.default_steps)
 
-        # Even spacing resolves the turns of the map, log spacing its rise from 0.
+        # Linear spacing resolves the extrema of the map, log spacing its rise from 0.
         inside = np.concatenate(
             [np.geomspace(low, high, 2001), np.linspace(low, high, 2001)]
         )
-        # A hopeless table overflows; the comparison with NaN or inf then fails.
+        # A divergent table overflows; the comparison with NaN or inf then fails.
         with np.errstate(over="ignore", invalid="ignore"):
             mapped = compose(rows, inside / high)
         if not (self.band[0] <= mapped.min() and mapped.max() <= self.band[1]):
@@ -106,19 +108,20 @@ class CoefficientTable:
             )
 
     def take(self, steps: int | None = None, safety: float | None = None) -> Rows:
-        """Returns the rows of a run of `steps` steps on singular values in [0, 1].
+        """Returns the rows of `steps` steps, for singular values in [0, 1].
 
         Args:
-          steps: Number of steps, at least 1; None is ``default_steps``.
-          safety: s, at least 1; None is the table's own. Takes effect on every row but
-            the table's last.
+          steps: The number of steps, at least 1. None: ``default_steps``.
+          safety: The factor s, at least 1. None: the default of the table. It applies
+            to every row except the last row of the table.
 
         Returns:
-          `steps` rows: the published ones but for `safety` and, where ``domain`` ends
-          below 1, the first one rescaled to take an input that ends at 1.
+          The published rows, divided by powers of `safety`. If ``domain`` ends below 1,
+          the first row is rescaled so that it accepts singular values up to 1.
 
         Raises:
-          ValueError: If the table has no run of `steps` steps, or `safety` is below 1.
+          ValueError: If the table does not support `steps` steps, or if `safety` is
+            below 1.
           TypeError: If `steps` is not an int.
         """
         length = len(self.rows)
@@ -146,7 +149,7 @@ class CoefficientTable:
 
 
 def _as_rows(rows: Sequence[Sequence[float]], name: str) -> Rows:
-    """Returns `rows` as a tuple of float triples, or raises naming `name`."""
+    """Returns `rows` as a tuple of float triples; errors mention `name`."""
     try:
         triples = tuple(tuple(float(v) for v in row) for row in rows)
     except TypeError:
@@ -163,7 +166,7 @@ _JORDAN = CoefficientTable(
     name="jordan",
     rows=((3.4445, -4.7750, 2.0315),),
     source="Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/",
-    # Rises steeply and then circles around 1 without settling.
+    # Singular values grow fast and then oscillate around 1 without converging.
     domain=(2e-3, 1.0),
     band=(0.681, 1.203),
     default_steps=5,
@@ -202,13 +205,13 @@ _POLAR_EXPRESS = CoefficientTable(
     ),
     source=(
         "Amsel et al., 2025, https://arxiv.org/abs/2505.16932, algorithm 1 and its "
-        "listing: safety 1.01 on every row but the last, which repeats"
+        "listing: safety 1.01 on every row except the last, which repeats"
     ),
     domain=(1e-3, 1.0),
     band=(0.9999, 1.0001),
     default_steps=8,
     repeats_last=True,
-    # Each row is the best one for the interval which those before it leave.
+    # Each row is optimal for the interval that the previous rows map onto.
     prefix=True,
     safety=1.01,
 )
@@ -224,10 +227,11 @@ _CANS = CoefficientTable(
     ),
     source=(
         "Grishina et al., 2025, https://arxiv.org/abs/2506.10935 (Remez on the "
-        "interval the rows before leave), as tabulated in NVIDIA Emerging-Optimizers"
+        "interval that the previous rows leave), as tabulated in NVIDIA "
+        "Emerging-Optimizers"
     ),
     domain=(1e-3, 1.0),
-    # As published it diverges in bfloat16; with a safety of 1.01 it does not.
+    # In bfloat16 the published rows diverge; a `safety` of 1.01 prevents it.
     band=(0.884, 1.120),
     default_steps=5,
     repeats_last=True,
@@ -246,8 +250,9 @@ _AOL = CoefficientTable(
         "Boissin et al., 2025, https://arxiv.org/abs/2512.04632 (Turbo-Muon), rows "
         "from https://github.com/thib-s/flash-newton-schulz"
     ),
-    # The first row changes sign at 0.884, and AOL leaves σ near 1 wherever the rows of
-    # the matrix are nearly orthogonal: as published, a 1×n input comes out negated.
+    # The first row changes sign at σ = 0.884. After the AOL normalization σ is close to
+    # 1 if the rows of the matrix are nearly orthogonal; with the published rows, the
+    # result of a 1×n matrix has the wrong sign.
     domain=(0.015, 0.85),
     band=(0.987, 1.085),
     default_steps=4,
@@ -320,26 +325,27 @@ def resolve(
     steps: int | None = None,
     safety: float | None = None,
 ) -> Rows:
-    """Turns a table's name, or rows of one's own, into the rows of a run.
+    """Returns the rows of every step, from the name of a table or from custom rows.
 
-    A count that the method does not define raises; the number of steps never changes
-    silently.
+    An unsupported number of steps raises an error and is never changed silently.
 
     Args:
-      coefficients: A key of `TABLES`, or rows ``(a, b, c)``, first applied first. A
-        single row is repeated; more are taken as they are.
-      steps: Number of steps, at least 1. None is the table's own number.
-      safety: s of ``(a/s, b/s³, c/s⁵)``, at least 1, for the tables made interval by
-        interval (``"polar_express"``, default 1.01, and ``"cans"``, default 1); larger
-        tolerates coarser rounding, and small singular values rise more slowly.
+      coefficients: A key of `TABLES`, or rows ``(a, b, c)`` in the order of the steps.
+        A single row is repeated for every step.
+      steps: The number of steps, at least 1. None: the default of the table, or the
+        number of custom rows.
+      safety: The factor s of ``(a/s, b/s³, c/s⁵)``, at least 1. Only the tables whose
+        rows are optimized interval by interval have one: ``"polar_express"`` (default
+        1.01) and ``"cans"`` (default 1). Larger values tolerate coarser rounding, but
+        small singular values grow more slowly.
 
     Returns:
       `steps` rows of Python floats, for singular values in [0, 1].
 
     Raises:
-      ValueError: If the name is unknown, a row is not three finite numbers, the table
-        has no run of `steps` steps, or `safety` is given for another table or for
-        rows of one's own.
+      ValueError: If the name is unknown, if a row is not three finite numbers, if the
+        table does not support `steps` steps, or if `safety` is given for another table
+        or for custom rows.
       TypeError: If `steps` is not an int.
     """
     if isinstance(coefficients, str):
