@@ -1,69 +1,99 @@
-"""Argument checks that let traced values through."""
+"""Checks of arguments, at construction where their values are known by then."""
 
+import math
+import reprlib
 from collections.abc import Collection
 from typing import Any
 
 import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
 
 
 def in_range(
     name: str,
     value: Any,
     low: float,
-    high: float = float("inf"),
+    high: float = math.inf,
     *,
     low_open: bool = False,
 ) -> None:
-    """Raises if a Python number lies outside [low, high), or (low, high).
+    """Raises unless `value` is a real number in [low, high), or in (low, high).
 
-    Arrays pass unread: an injected hyperparameter is traced when the factory runs, and
-    a schedule has no value yet. So does None, where that is a default.
+    Accepts Python numbers and NumPy's and JAX's scalars and 0-d arrays. Traced numbers,
+    such as injected hyperparameters, have no value yet and are not compared with the
+    bounds. Schedules and None are not checked.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if value is None or callable(value):
         return
+    if not _is_real(value):
+        raise TypeError(f"`{name}` must be a real number, got {_short(value)}.")
+    if isinstance(value, jax.core.Tracer):
+        return
+    number = float(value)
     # Written so that NaN fails too.
-    if not (low < value < high or (value == low and not low_open)):
+    if not (low < number < high or (number == low and not low_open)):
         left = "(" if low_open else "["
-        raise ValueError(
-            f"`{name}` must lie in {left}{low:g}, {high:g}), got {value!r}."
-        )
+        raise ValueError(f"`{name}` must lie in {left}{low:g}, {high:g}), got {value}.")
 
 
-def one_of(name: str, value: Any, choices: Collection[Any]) -> None:
+def one_of(name: str, value: Any, choices: Collection[str | None]) -> None:
     """Raises unless `value` is one of `choices`."""
-    if not any(value is choice or value == choice for choice in choices):
+    if not isinstance(value, str | None) or value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"`{name}` must be one of {listed}, got {value!r}.")
+        raise ValueError(f"`{name}` must be one of {listed}, got {_short(value)}.")
 
 
 def static_int(name: str, value: Any, low: int) -> None:
-    """Raises unless `value` is a Python integer of at least `low`.
+    """Raises unless `value` is a Python or NumPy integer of at least `low`.
 
-    Step counts fix the shape of the program, so a traced one cannot be used.
+    Such an argument fixes the shape of the program, so no JAX array is accepted: under
+    `optax.inject_hyperparams` it would have a value in `init` and none in `update`.
     """
     if isinstance(value, jax.Array):
         raise TypeError(
-            f"`{name}` fixes the program and cannot be a traced array, got {value}. "
-            f"Under `optax.inject_hyperparams` pass `static_args=({name!r},)`."
+            f"`{name}` fixes the program and must be an int, got a JAX array. Under "
+            f"`optax.inject_hyperparams`, pass `static_args=({name!r},)`."
         )
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be an int, got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"`{name}` must be an int, got {_short(value)}.")
     if value < low:
         raise ValueError(f"`{name}` must be at least {low}, got {value}.")
 
 
 def static_number(name: str, value: Any) -> None:
-    """Raises unless `value` is a Python number: one that fixes the program."""
+    """Raises unless `value` is a Python number, for arguments that fix the program."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(
-            f"`{name}` fixes the program and must be a Python number, got {value!r}."
+            f"`{name}` fixes the program and must be a Python number, "
+            f"got {_short(value)}."
         )
 
 
+def boolean(name: str, value: Any) -> None:
+    """Raises unless `value` is True or False, of Python or NumPy."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"`{name}` must be True or False, got {_short(value)}.")
+
+
 def params_given(params: Any, user: str) -> None:
-    """Raises if `params` is None, naming the transform that needs it."""
+    """Raises if `params` is None, naming the transformation that needs it."""
     if params is None:
         raise ValueError(
             f"`{user}` needs the parameters: call `tx.update(updates, state, params)` "
             "with `params`, got None."
         )
+
+
+def _is_real(value: Any) -> bool:
+    """Returns whether `value` is one real number, traced or not."""
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        kinds = (jnp.integer, jnp.floating)
+        return value.ndim == 0 and any(jnp.issubdtype(value.dtype, k) for k in kinds)
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    """Returns a representation that fits an error message, whatever was passed."""
+    return reprlib.repr(value)
