@@ -4,18 +4,24 @@
         --out benchmarks/results/NAME.json
     python -m benchmarks.step_time --table benchmarks/results/NAME.json
 
-One process; every repeat runs each contender and each matmul probe once, in an order
-rotated by one per repeat, so that a speed-up is a quotient of neighbours in time. The
-state is donated; gradients, parameters and all states stay on the device. The programs
-are compiled afresh, without JAX's caches on disk or in memory (XLA's own autotuning on
-a GPU is remembered by the process: there the first of the raw times is the cold one).
+Everything runs in one process. Each repeat runs every contender and every matmul probe
+once, in an order rotated by one per repeat, so that a speed-up is a quotient of
+neighbors in time. The state is donated; gradients, parameters and all states stay on
+the device. Programs are compiled once per repeat, at most five times, in turns and
+without JAX's caches on disk or in memory. Lowering (tracing included) and compiling are
+measured in CPU seconds of all threads, which other work on the machine hardly changes.
+On a GPU, XLA remembers its autotuning: there only the first compilation is cold.
+
+The first sets compare settings of `muon`. The sets `many-224` and `many-700` compare
+the optimizers of the Muon family, by their defaults, on so many small matrices that
+compile time counts.
 
 The probes are independent products of the shapes that a Newton-Schulz step has, one for
 each leaf that has the shape. `mix_flops_per_second` is their rate in the proportions of
-one plain step of every leaf; `matmul_seconds` takes all dots of a contender at that one
-rate, however its own shapes are mixed: the rates by shape beside it say how much that
-can matter. Halley's factorizations and triangular solves are a probe of their own, and
-`factor_seconds` of a contender that has them. What is neither counts as `rest`.
+one plain step of every leaf. `matmul_seconds` charges all dots of a contender at that
+one rate, whatever shapes they have; the rates per shape show how much that can matter.
+Halley's factorizations and triangular solves have a probe of their own, and
+`factor_seconds` is its time for contenders that factorize. `rest` is what remains.
 """
 
 import argparse
@@ -46,6 +52,7 @@ from examples.nanogpt import record
 
 PEER = "optax.contrib.muon"
 ROLLFAST = "rollfast.muon"
+FAMILY = ("muon", "muonw", "hopper", "adamuon", "normuon", "muonh", "adamh")
 COMPILATIONS = 5
 WARM_UP = 2
 FACTOR = "factorizations"
@@ -67,6 +74,7 @@ class ShapeSet(NamedTuple):
 
     kernels: tuple[Kernel, ...]
     layers: int
+    family: bool = False  # compares the Muon family instead of settings of `muon`
 
     def separate(self) -> dict[str, tuple[int, int]]:
         """The shape of every matrix as a leaf of its own."""
@@ -107,10 +115,18 @@ def fused_gqa(width: int, hidden: int, layers: int) -> ShapeSet:
     return ShapeSet(kernels, layers)
 
 
+def many(width: int, hidden: int, layers: int) -> ShapeSet:
+    square = [Kernel(name, width, (width,)) for name in "qkvo"]
+    wide = [Kernel(name, width, (hidden,)) for name in ("gate", "up")]
+    return ShapeSet((*square, *wide, Kernel("down", hidden, (width,))), layers, True)
+
+
 SETS = {
     "gpt-384": gpt(384, 6),
     "gpt-768": gpt(768, 12),
     "fused-gqa": fused_gqa(768, 2048, 12),
+    "many-224": many(64, 256, 32),
+    "many-700": many(64, 256, 100),
 }
 
 
@@ -122,7 +138,15 @@ class Contender(NamedTuple):
 def contenders(
     shapes: ShapeSet, dtype: str
 ) -> tuple[dict[str, Contender], dict[str, str]]:
-    """The contenders by name, the peer first, and why others are left out."""
+    """Returns the contenders by name, the peer first, and why others are left out."""
+
+    def every(path: str, leaf: Any) -> bool:
+        return True
+
+    peer = {PEER: Contender(optax.contrib.muon(0.02))}
+    if shapes.family:
+        family = {name: getattr(om, name)(0.02, routing=every) for name in FAMILY}
+        return peer | {name: Contender(tx) for name, tx in family.items()}, {}
     # The peer multiplies in the dtype of the leaves; ours would take float32.
     products = None if dtype == "float32" else dtype
 
@@ -137,17 +161,14 @@ def contenders(
             placement=om.Placement(stack_size=stack_size),
         )
 
-    def every(path: str, leaf: Any) -> bool:
-        return True
-
     newton_schulz = om.NewtonSchulz(dtype=products)
     plain = om.NewtonSchulz(method="plain", dtype=products)
     found = {
-        PEER: Contender(optax.contrib.muon(0.02)),
+        **peer,
         "ours": Contender(ours(newton_schulz, every)),
         "ours, plain": Contender(ours(plain, every)),
         "ours, Halley": Contender(ours(om.Halley(), every)),
-        # What the cap on stacks does to time and to temporaries.
+        # These show what the cap on stacks does to time and to temporaries.
         "ours, stacks of 1": Contender(ours(newton_schulz, every, 1)),
         "ours, stacks of 4": Contender(ours(newton_schulz, every, 4)),
         "ours, one stack": Contender(ours(newton_schulz, every, 10**6)),
@@ -185,15 +206,15 @@ class Step:
         self.raw = {"lowering_seconds": [], "compile_seconds": []}
 
     def compile(self) -> None:
-        """Compiles the update once more, and from nothing."""
+        """Compiles the update once more, without what earlier compilations left."""
         jax.clear_caches()
         update = jax.jit(self.update, donate_argnums=1)
-        begin = time.perf_counter()
+        begin = time.process_time()
         lowered = update.lower(self.grads, self.state, self.params)
-        middle = time.perf_counter()
+        middle = time.process_time()
         self.compiled = lowered.compile()
         self.raw["lowering_seconds"].append(middle - begin)
-        self.raw["compile_seconds"].append(time.perf_counter() - middle)
+        self.raw["compile_seconds"].append(time.process_time() - middle)
 
     def __call__(self) -> Leaves:
         """Returns the updates, which are alive together with the new state."""
@@ -287,7 +308,7 @@ def interleave(
 
 
 def quartiles(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-    """Of the quotients of what was measured in the same repeats."""
+    """Returns the quartiles of the quotients of the same repeats."""
     found = np.quantile(np.divide(above, below), (0.25, 0.5, 0.75)).tolist()
     return dict(zip(("q1", "median", "q3"), found, strict=True))
 
@@ -310,7 +331,7 @@ def measure(shapes: ShapeSet, repeats: int, seed: int, dtype: str) -> dict[str, 
             trees = (shapes.fuse(grads), shapes.fuse(params))
         steps[name] = Step(contender, *trees)
     compile_each = {name: step.compile for name, step in steps.items()}
-    interleave(compile_each, COMPILATIONS, warm_up=0)
+    interleave(compile_each, min(repeats, COMPILATIONS), warm_up=0)
     factor = {FACTOR: factor_probe(shapes, seed, dtype)}
     seconds = interleave({**steps, **probes, **factor}, repeats)
 
@@ -333,9 +354,6 @@ def measure(shapes: ShapeSet, repeats: int, seed: int, dtype: str) -> dict[str, 
             "fused": found[name].fused,
             "median_seconds": median,
             "speedup": quartiles(seconds[PEER], seconds[name]),
-            "compile_ratio": quartiles(
-                step.raw["compile_seconds"], steps[PEER].raw["compile_seconds"]
-            ),
             **step.report(),
         }
         if row["dot_flops"] is not None:
@@ -406,35 +424,60 @@ def run(
 
 
 def table(path: str | Path) -> str:
-    """The results as Markdown, a table for each set."""
-    head = (
-        "| contender | ms | speed-up (quartiles) | GFLOP in dots | share at matmul rate"
-        " | and factorizations | temporary MiB | lowering s | compile s"
-        " | of the peer's (quartiles) |\n" + "| --- " * 10 + "|"
-    )
+    """Returns the results as Markdown: two tables per set, steps and compilation."""
     lines = []
     for name, measured in json.loads(Path(path).read_text())["sets"].items():
         rate = f"matmuls at {measured['mix_flops_per_second'] / 1e9:.0f} GFLOP/s"
-        lines += [f"{name}, {measured['matrices']} matrices, {rate}:\n", head]
-        for contender, row in measured["contenders"].items():
-            speed, share = row["speedup"], row.get("share_at_matmul_peak", math.nan)
-            compiling = row["compile_ratio"]
-            dots = math.nan if row["dot_flops"] is None else row["dot_flops"]
-            # Where factorizations were not measured, the cell is empty.
-            known = f"{1 - row['rest']:.2f}" if "factor_seconds" in row else ""
-            lines.append(
-                f"| {contender} | {row['median_seconds'] * 1e3:.4g} "
-                f"| {speed['median']:.2f} ({speed['q1']:.2f} to {speed['q3']:.2f}) "
-                f"| {dots / 1e9:.4g} | {share:.2f} | {known} "
-                f"| {(row['temp_bytes'] or 0) / 2**20:.1f} "
-                f"| {row['lowering_seconds']:.2f} | {row['compile_seconds']:.2f} "
-                f"| {compiling['median']:.2f} "
-                f"({compiling['q1']:.2f} to {compiling['q3']:.2f}) |"
-            )
+        lines += [f"{name}, {measured['matrices']} matrices, {rate}:\n"]
+        lines += table_head(
+            *("contender", "ms", "speed-up (quartiles)", "GFLOP in dots"),
+            *("share at matmul rate", "and factorizations", "temporary MiB"),
+        )
+        rows = measured["contenders"]
+        lines += [_step_line(contender, row) for contender, row in rows.items()]
+        over = "/ peer's (range)"
+        lines += ["", *table_head("contender", "lowering s", over, "compile s", over)]
+        peer = rows[PEER]["raw"]
+        lines += [
+            _compile_line(contender, row, peer) for contender, row in rows.items()
+        ]
         out = measured["left_out"].items()
         lines += [f"\n{who} is left out ({why})" for who, why in out]
         lines.append("")
     return "\n".join(lines)
+
+
+def _step_line(contender: str, row: dict[str, Any]) -> str:
+    speed, share = row["speedup"], row.get("share_at_matmul_peak", math.nan)
+    dots = math.nan if row["dot_flops"] is None else row["dot_flops"]
+    # Where factorizations were not measured, the cell is empty.
+    known = f"{1 - row['rest']:.2f}" if "factor_seconds" in row else ""
+    return table_row(
+        *(contender, f"{row['median_seconds'] * 1e3:.4g}"),
+        f"{speed['median']:.2f} ({speed['q1']:.2f} to {speed['q3']:.2f})",
+        *(f"{dots / 1e9:.4g}", f"{share:.2f}", known),
+        f"{(row['temp_bytes'] or 0) / 2**20:.1f}",
+    )
+
+
+def _compile_line(
+    contender: str, row: dict[str, Any], peer: dict[str, list[float]]
+) -> str:
+    cells = [contender]
+    for stage in ("lowering_seconds", "compile_seconds"):
+        seconds = row["raw"][stage]
+        over = np.divide(seconds, peer[stage])
+        cells.append(f"{statistics.median(seconds):.2f}")
+        cells.append(f"{np.median(over):.2f} ({over.min():.2f} to {over.max():.2f})")
+    return table_row(*cells)
+
+
+def table_row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def table_head(*cells: str) -> list[str]:
+    return [table_row(*cells), "| --- " * len(cells) + "|"]
 
 
 def main() -> None:
