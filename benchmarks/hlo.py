@@ -1,15 +1,16 @@
-"""Reads the text of compiled HLO: what one device executes and what it is sent.
+"""Reads from the text of compiled HLO what one device executes and receives.
 
 `compiled.cost_analysis()["flops"]` counts the body of a while loop once, however often
-it runs, adds elementwise work and tells nothing about collectives. So the counts here
-come from `compiled.as_text()`, each times the trip counts of the loops around it:
+it runs, includes elementwise work and says nothing about collectives. So the counts
+here come from `compiled.as_text()`, multiplied by the trip counts of the enclosing
+loops:
 
     text = jax.jit(f).lower(*args).compile().as_text()
     hlo.collectives(text), hlo.dot_flops(text), hlo.solver_flops(text)
 
-Of a conditional, the branch with the most of what is counted is taken. Whatever cannot
-be counted raises a ValueError; no number is too low in silence, with one exception: XLA
-writes some small products (vector by vector) as multiply and reduce, which are no dots.
+Of a conditional, the branch with the highest count is taken. Whatever cannot be counted
+raises a ValueError, so no count is silently too low, with one exception: XLA writes
+some small products (vector by vector) as multiply and reduce, which are not dots.
 """
 
 import collections
@@ -29,12 +30,12 @@ KINDS = (
     "reduce-scatter",
 )
 
-# Kernels that multiply matrices, or may, and that show no `dot` in the text.
+# Kernels that multiply matrices, or may, without a `dot` in the text.
 _PERHAPS_MATMUL = re.compile(
     "matmul|gemm|dot|convolution|cudnn|triton|mosaic|pallas|tpu_custom_call",
     re.IGNORECASE,
 )
-# Factorizations and solves, of which LAPACK's and XLA's own of two kinds are counted.
+# Factorizations and solves. Two kinds are counted, if they are LAPACK's or XLA's own.
 _PERHAPS_SOLVER = re.compile(
     "lapack|solver|sparse|magma|cholesky|triangular|trsm|potr|gtsv|householder|eig|svd"
     "|lu_?decomposition|^qr",
@@ -48,7 +49,7 @@ _T = TypeVar("_T")
 
 
 class Instruction(NamedTuple):
-    """One line of a computation; `called` pairs attributes with names they mention."""
+    """A line of a computation; `called` pairs attributes with names they mention."""
 
     name: str
     shape: str
@@ -62,7 +63,7 @@ Computation = dict[str, Instruction]
 
 
 class Module(NamedTuple):
-    """The computations by name, the name of the entry, and the number of devices."""
+    """A program: its computations by name, the entry's name, the number of devices."""
 
     computations: dict[str, Computation]
     entry: str
@@ -71,17 +72,17 @@ class Module(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective; `result_bytes` and `moved_bytes` are of one of its `count` runs.
+    """A collective. `result_bytes` and `moved_bytes` are those of one of its runs.
 
     Attributes:
         kind: One of `KINDS`, without `-start`.
         shape: The type of the result on one device, as in the text.
         result_bytes: Bytes of the result on one device, all tuple elements together.
-        moved_bytes: Bytes that one device gets from others. An all-reduce is a ring's;
-            a ragged all-to-all is as if the whole result were received.
+        moved_bytes: Bytes that one device receives from others. An all-reduce counts as
+            a ring, a ragged all-to-all as if the whole result were received.
         count: How often it runs in one call of the program.
-        group_size: Devices that take part together, the largest group's number; of a
-            collective-permute, all devices that send or receive.
+        group_size: The number of devices in the largest group; for a
+            collective-permute, the number of devices that send or receive.
         op_name: JAX's name of the operation, with the names of the functions around it.
         name: The instruction's name in the text.
     """
@@ -97,12 +98,12 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """What one device gets from others in one call of the program."""
+        """Bytes that one device receives from others in one call of the program."""
         return self.count * self.moved_bytes
 
 
 def collectives(text: str) -> list[Collective]:
-    """Every collective that the program executes, in the order of the text."""
+    """Returns every collective that the program executes, in the order of the text."""
     module = parse(text)
 
     def measure(instruction: Instruction, inside: Computation) -> Collective | None:
@@ -114,16 +115,17 @@ def collectives(text: str) -> list[Collective]:
 
 
 def dot_flops(text: str) -> int:
-    """Floating-point operations of the matrix products on one device, 2·m·n·k each."""
+    """Returns the FLOPs of the matrix products on one device, 2·m·n·k each."""
     module = parse(text)
     found = _executed(module, module.entry, _flops, lambda flops: flops)
     return sum(flops * count for flops, count in found)
 
 
 def solver_flops(text: str) -> int:
-    """Operations of Cholesky factorizations, n³/3, and triangular solves, n² a column.
+    """Returns the FLOPs of factorizations and triangular solves on one device.
 
-    Any other solver raises a ValueError: what it takes depends on what it is given.
+    A Cholesky factorization counts n³/3, a triangular solve n² per column. Any other
+    solver raises a ValueError: its work depends on its input.
     """
     module = parse(text)
     found = _executed(module, module.entry, _solver_flops, lambda flops: flops)
@@ -131,7 +133,7 @@ def solver_flops(text: str) -> int:
 
 
 def custom_calls(text: str) -> dict[str, int]:
-    """How often each custom call runs, by its target (LAPACK's `lapack_spotrf_ffi`)."""
+    """Returns how often each custom call runs, by target (`lapack_spotrf_ffi`, say)."""
     module = parse(text)
     calls: collections.Counter[str] = collections.Counter()
     found = _executed(module, module.entry, lambda i, _: _target(i), lambda _: 1)
@@ -141,7 +143,7 @@ def custom_calls(text: str) -> dict[str, int]:
 
 
 def parse(text: str) -> Module:
-    """The instructions of every computation."""
+    """Parses the text into the instructions of every computation."""
     computations: dict[str, Computation] = {}
     entry, inside = "", None
     for line in text.splitlines():
@@ -192,7 +194,7 @@ def _executed(
     measure: Callable[[Instruction, Computation], _T | None],
     weigh: Callable[[_T], int],
 ) -> list[tuple[_T, int]]:
-    """What `measure` finds in a computation and those it calls, and how often."""
+    """Returns what `measure` finds in a computation and its callees, and how often."""
     found: list[tuple[_T, int]] = []
     inside = module.computations[name]
     for instruction in inside.values():
@@ -200,7 +202,7 @@ def _executed(
         if measured is not None:
             found.append((measured, 1))
             continue
-        # The later lines of an asynchronous call may name its computation again.
+        # Later lines of an asynchronous call may name its computation again.
         if instruction.opcode.endswith(("-update", "-done")):
             continue
         called = [
@@ -235,7 +237,7 @@ def _op_name(instruction: Instruction) -> str:
 
 
 def _arrays(shape: str) -> list[tuple[int, list[int]]]:
-    """Bits of an element and dimensions, of every array of a type."""
+    """Returns the bits per element and the dimensions of every array of a type."""
     arrays = re.findall(r"\b(pred|token|opaque|[a-z]+(\d+)\w*)\[([^\]]*)\]", shape)
     bits = {"pred": 8, "token": 0, "opaque": 0}
     return [
@@ -274,7 +276,7 @@ def _group_size(instruction: Instruction, devices: int) -> int:
         return len({d for pair in between if pair[0] != pair[1] for d in pair}) or 1
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
         return int(iota[1])
-    # `mesh['a'=4,'b'=2] {'a','b':(1)2}`: all of axis a, and a part of b, of size 2.
+    # `mesh['a'=4,'b'=2] {'a','b':(1)2}`: all of axis a and a part of size 2 of axis b.
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{}]*\{([^}]*)\}", text):
         axes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
         group = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
@@ -304,11 +306,11 @@ def _flops(instruction: Instruction, inside: Computation) -> int | None:
     elif not _PERHAPS_MATMUL.search(opcode if target is None else target):
         return None
     if contracting is None:
-        # A convolution, too: on TPU dots become convolutions, padded ones among them.
+        # This includes convolutions: on TPU, dots become convolutions, some padded.
         what = f"%{instruction.name} ({target or opcode}, {_op_name(instruction)})"
         raise ValueError(f"the operations of {what} cannot be counted")
     ((_, lhs),) = _arrays(inside[instruction.operands[0]].shape)
-    # A library's call has its workspace as a second result.
+    # A library call returns its workspace as a second result.
     result = _arrays(instruction.shape)[0][1]
     axes = [int(axis) for axis in re.findall(r"\d+", contracting[1])]
     return 2 * math.prod(result) * math.prod(lhs[axis] for axis in axes)

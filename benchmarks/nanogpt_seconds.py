@@ -1,13 +1,14 @@
-"""Steps and seconds that nanoGPT `tiny` takes to the loss that AdamW ends with.
+"""Measures the steps and seconds until nanoGPT `tiny` reaches AdamW's final loss.
 
     OPENBLAS_NUM_THREADS=1 python -m benchmarks.nanogpt_seconds --out NAME.json
     python -m benchmarks.nanogpt_seconds --table SWEEP.json NAME.json
 
-Steps come from the runs of `nanogpt_sweep` (with `--val-every 10`): for each seed the
-first validation that is at or below the loss that AdamW ended with by the same seed.
-Seconds a step are measured here, apart from the sweep, whose runs go two at a time:
-whole training steps, ten of each optimizer in turns, and the median of these tens, so
-that every one has a refresh in it. A run's seconds are its steps times that.
+The steps come from the runs of `nanogpt_sweep` (with `--val-every 10`): for each seed,
+the first validation at or below the final loss of AdamW with the same seed. The seconds
+per step are measured here, because the sweep runs two processes at a time. The
+optimizers take turns of ten whole training steps, so that every turn contains a
+refresh, and the median over the turns is reported. The seconds of a run are its steps
+times the seconds per step.
 """
 
 import argparse
@@ -29,7 +30,7 @@ CYCLE = 10
 
 
 class Run:
-    """A training run under way."""
+    """A training run that can be continued by ten steps at a time."""
 
     def __init__(self, optimizer: str, preset: str):
         config = dataclasses.replace(configs.PRESETS[preset], optimizer=optimizer)
@@ -42,7 +43,7 @@ class Run:
         self.count = 0
 
     def __call__(self) -> float:
-        """Seconds of ten steps."""
+        """Takes ten steps and returns the seconds they took."""
         given = [self.windows.train(self.count + i) for i in range(CYCLE)]
         begin = time.perf_counter()
         for windows in given:
@@ -55,7 +56,7 @@ class Run:
 def measure(optimizers: list[str], repeats: int, preset: str) -> dict[str, Any]:
     runs = {name: Run(name, preset) for name in optimizers}
     for run in runs.values():
-        run()  # compiles, and is the dear first update
+        run()  # compiles, and computes the first bases or roots
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -68,12 +69,12 @@ def measure(optimizers: list[str], repeats: int, preset: str) -> dict[str, Any]:
 
 
 def steps_to(run: dict[str, Any], loss: float) -> int | None:
-    """The first validated step at or below a loss."""
+    """Returns the first validated step with a loss at or below `loss`."""
     return next((step for step, value in run["validation"] if value <= loss), None)
 
 
 def table(sweep: str | Path, seconds: str | Path) -> str:
-    """Steps and seconds as Markdown, fewest steps first."""
+    """Returns steps and seconds as Markdown, fewest steps first."""
     runs = json.loads(Path(sweep).read_text())
     a_step = json.loads(Path(seconds).read_text())["optimizers"]
     best = nanogpt_sweep.final_runs(runs)
@@ -106,8 +107,10 @@ def table(sweep: str | Path, seconds: str | Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="the file of seconds to write")
-    parser.add_argument("--table", nargs=2, help="prints the table of two files")
+    parser.add_argument("--out", type=Path, help="file to write the seconds to")
+    parser.add_argument(
+        "--table", nargs=2, help="print the table of two files and exit"
+    )
     parser.add_argument(
         "--optimizers", nargs="+", default=list(nanogpt_sweep.SECOND_ORDER)
     )

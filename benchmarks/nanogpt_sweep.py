@@ -1,15 +1,17 @@
-"""Trains nanoGPT `tiny` with several optimizers, the same effort spent on each.
+"""Trains nanoGPT `tiny` with several optimizers, with the same effort for each.
 
-For every optimizer: `--trials` learning rates with seed 0, then the best of them with
-seeds 1, 2 and 3, which played no part in choosing it. The first three rates lie a
-factor of 2 apart; each further trial goes a factor of 2 beyond the best if that is at
-an edge, and else halfway (a factor of the square root of 2) to its better neighbour.
-The auxiliary optimizer of the matrix optimizers keeps the example's own settings.
+For every optimizer, `--trials` learning rates are tried with seed 0. The best one is
+then run with seeds 1, 2 and 3, which were not used for the choice. The first three
+rates are a factor of 2 apart. If the best rate so far is the smallest or the largest
+tried, the next trial is a factor of 2 beyond it; otherwise it is the geometric mean of
+the best rate and its better neighbour. The auxiliary optimizer of the matrix optimizers
+keeps the settings of the example.
 
     python -m benchmarks.nanogpt_sweep --out benchmarks/results/nanogpt_tiny.json
     python -m benchmarks.nanogpt_sweep --table benchmarks/results/nanogpt_tiny.json
 
-Every run is written to the file as it ends; the same command continues a file.
+Every run is written to the file when it ends. The same command continues an existing
+file.
 """
 
 import argparse
@@ -42,7 +44,7 @@ SECOND_ORDER = ("adamw", "muon", "shampoo", "soap", "kl_soap", "soap_muon")
 def train_once(
     optimizer: str, lr: float, seed: int, preset: str, val_every: int
 ) -> dict[str, Any]:
-    """One run in a process with one thread: two at a time are then two cores' work."""
+    """Trains once, in one thread, so that two concurrent runs use two cores."""
     os.environ["XLA_FLAGS"] = (
         "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     )
@@ -69,7 +71,7 @@ def train_once(
 
 
 def next_rate(tried: dict[float, float], centre: float) -> float:
-    """The next learning rate, from the losses of those tried."""
+    """Returns the next learning rate, given the losses of those tried."""
     first = [centre, centre / 2, centre * 2]
     if len(tried) < len(first):
         return first[len(tried)]
@@ -132,13 +134,13 @@ def sweep(args: argparse.Namespace) -> None:
 
 
 def trials_of(name: str, runs: list[dict[str, Any]]) -> dict[float, float]:
-    """The losses of the learning rates tried with seed 0."""
+    """Returns the losses of the learning rates tried with seed 0."""
     mine = [run for run in runs if run["optimizer"] == name and run["seed"] == 0]
     return {run["lr"]: finite(run["loss"]) for run in mine}
 
 
 def final_runs(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Of each optimizer the runs of the final seeds at its best learning rate."""
+    """Returns, by optimizer, the runs of the final seeds at its best learning rate."""
     found = {}
     for name in dict.fromkeys(run["optimizer"] for run in runs):
         trials = trials_of(name, runs)
@@ -150,12 +152,15 @@ def final_runs(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
             and run["seed"] in FINAL_SEEDS
         ]
         if len(found[name]) < len(FINAL_SEEDS):
-            raise ValueError(f"{name} has not run all of the seeds {FINAL_SEEDS}")
+            raise ValueError(
+                f"{name} has {len(found[name])} runs at its best learning rate, and "
+                f"not one for each of the seeds {FINAL_SEEDS}: continue the sweep"
+            )
     return found
 
 
 def table(path: str | Path) -> str:
-    """The results as Markdown, best first."""
+    """Returns the results as Markdown, best first."""
     runs = json.loads(Path(path).read_text())
     rows = []
     for name, mine in final_runs(runs).items():
@@ -179,13 +184,17 @@ def table(path: str | Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", help="the file of results to write or continue")
-    parser.add_argument("--table", help="prints the table of a file and ends")
+    parser.add_argument("--out", help="file of results to write or continue")
+    parser.add_argument("--table", help="print the table of a file and exit")
     parser.add_argument("--optimizers", nargs="+", default=list(CENTRES))
-    parser.add_argument("--trials", type=int, default=4, help="learning rates each")
+    parser.add_argument(
+        "--trials", type=int, default=4, help="learning rates per optimizer"
+    )
     parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--val-every", type=int, default=100, help="steps between")
-    parser.add_argument("--workers", type=int, default=2, help="processes at a time")
+    parser.add_argument(
+        "--val-every", type=int, default=100, help="steps between validations"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="concurrent processes")
     args = parser.parse_args()
     if args.table:
         print(table(args.table))

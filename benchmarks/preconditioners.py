@@ -1,15 +1,17 @@
-"""What preconditioners cost: seconds by refresh, staggered or not, and memory.
+"""Measures preconditioners: time by refresh interval and staggering, and memory.
 
     OPENBLAS_NUM_THREADS=1 python -m benchmarks.preconditioners --out NAME.json
     python -m benchmarks.preconditioners --table NAME.json
 
-Seconds are of `tx.update` alone, jitted and donated, for the hidden matrices of a GPT.
-Every contender first takes a cycle that is not counted (its first update computes all
-bases or roots from nothing), then all take `--cycles` cycles of 100 updates in turns,
-each update timed. A place in a contender's refresh cycle is summed up by the median
-over all updates in that place, so that the slowest is a slow place and no accident.
+The times are those of `tx.update` alone, jitted, with the state donated, for the hidden
+matrices of a GPT. Every contender first runs a refresh cycle that is not counted,
+because its first update computes all bases or roots from scratch. Then the contenders
+take turns, `--cycles` times, with `--cycle` updates each, and each update is timed. For
+each place in a contender's refresh cycle, the median over all updates in that place is
+reported, so that the slowest place is not an outlier.
 
-Memory is `om.describe_state` on the GPT-2 small of the example; nothing is allocated.
+The memory is that of `om.describe_state` for the GPT-2 small of the example. Nothing is
+allocated.
 """
 
 import argparse
@@ -41,38 +43,32 @@ def every(path: str, leaf: Any) -> bool:
 
 
 def contenders(refreshes: list[int]) -> dict[str, tuple[Any, int]]:
-    """An optimizer and the length of its cycle, by name."""
+    """Returns optimizers and the lengths of their refresh cycles, by name."""
     found: dict[str, tuple[Any, int]] = {
         "optax.adamw": (optax.adamw(1e-3), 1),
         "muon": (om.muon(0.02, routing=every), 1),
     }
     factories = {
-        "soap": om.soap,
-        "kl_soap": om.kl_soap,
-        "soap_muon": om.soap_muon,
-        "shampoo": om.shampoo,
+        "soap": (om.soap, om.SOAP(stagger=True)),
+        "kl_soap": (om.kl_soap, om.KL(stagger=True)),
+        "soap_muon": (om.soap_muon, om.SOAP(stagger=True)),
+        "shampoo": (om.shampoo, om.Shampoo(stagger=True)),
     }
-    for name, factory in factories.items():
+    for name, (factory, staggered) in factories.items():
         for k in refreshes:
-            found[f"{name}, refresh {k}"] = (
-                factory(1e-3, refresh=k, routing=every),
-                k,
-            )
+            tx = factory(1e-3, refresh=k, routing=every)
+            found[f"{name}, refresh {k}"] = (tx, k)
             if k == 10:
-                staggered = factory(
-                    1e-3, refresh=k, routing=every, preconditioner={"stagger": True}
-                )
-                found[f"{name}, refresh {k}, staggered"] = (staggered, k)
-    newton = {"root": "newton"}
-    found["shampoo, refresh 10, Newton"] = (
-        om.shampoo(1e-3, refresh=10, routing=every, preconditioner=newton),
-        10,
-    )
+                tx = factory(1e-3, refresh=k, routing=every, preconditioner=staggered)
+                found[f"{name}, refresh {k}, staggered"] = (tx, k)
+    newton = om.Shampoo(root="newton")
+    tx = om.shampoo(1e-3, refresh=10, routing=every, preconditioner=newton)
+    found["shampoo, refresh 10, Newton"] = (tx, 10)
     return found
 
 
 class Run:
-    """An optimizer at work: every update has another gradient."""
+    """Runs an optimizer; consecutive updates have different gradients."""
 
     def __init__(self, tx: Any, grads: list[Any], params: Any):
         self.update = jax.jit(tx.update, donate_argnums=1)
@@ -132,32 +128,28 @@ def measure(
     return {"matrices": len(matrices), "cycle": cycle, "cycles": cycles, "rows": rows}
 
 
-def memory() -> dict[str, Any]:
-    """Bytes of state for GPT-2 small, by optimizer and by kind of leaf."""
-    config = configs.PRESETS["gpt2-small"]
+def memory(preset: str = "gpt2-small") -> dict[str, Any]:
+    """Returns the bytes of state for a GPT, by optimizer and kind of leaf."""
+    config = configs.PRESETS[preset]
     sizes = (50_257, config.layers, config.width, config.head_dim)
     params = nnx.state(
         nnx.eval_shape(
             lambda: model.GPT(*sizes, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
         )
     )
-    half: dict[str, Any] = {"moment_dtype": "bfloat16", "factor_dtype": "bfloat16"}
+    half = om.SOAP(factor_dtype="bfloat16")
     optimizers = {
         "optax.adamw": optax.adamw(1e-3),
         "muon": om.muon(),
         "shampoo": om.shampoo(),
-        "shampoo, no momentum, grafted to SGD": om.shampoo(b1=None, graft="sgd"),
+        "shampoo, no momentum, grafted to SGD": om.shampoo(momentum=None, graft="sgd"),
         "distributed_shampoo": om.distributed_shampoo(),
         "soap": om.soap(),
-        "soap, moments in bfloat16": om.soap(
-            preconditioner={"moment_dtype": "bfloat16"}
-        ),
-        "soap, factors in bfloat16": om.soap(
-            preconditioner={"factor_dtype": "bfloat16"}
-        ),
-        "soap, both in bfloat16": om.soap(preconditioner=half),
-        "soap, max_dim 2048": om.soap(preconditioner={"max_dim": 2048}),
-        "soap, block_size 768": om.soap(preconditioner={"block_size": 768}),
+        "soap, moments in bfloat16": om.soap(mu_dtype="bfloat16"),
+        "soap, factors in bfloat16": om.soap(preconditioner=half),
+        "soap, both in bfloat16": om.soap(mu_dtype="bfloat16", preconditioner=half),
+        "soap, max_dim 2048": om.soap(preconditioner=om.SOAP(max_dim=2048)),
+        "soap, block_size 768": om.soap(preconditioner=om.SOAP(block_size=768)),
         "kl_soap": om.kl_soap(),
         "soap_muon": om.soap_muon(),
     }
@@ -184,7 +176,7 @@ def memory() -> dict[str, Any]:
 
 
 def table(path: str | Path) -> str:
-    """The results as Markdown."""
+    """Returns the results as Markdown."""
     result = json.loads(Path(path).read_text())
     lines = []
     for name, measured in result["sets"].items():
@@ -224,12 +216,12 @@ def table(path: str | Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="the file of results to write")
-    parser.add_argument("--table", help="prints the tables of a file and ends")
+    parser.add_argument("--out", type=Path, help="file to write the results to")
+    parser.add_argument("--table", help="print the tables of a file and exit")
     parser.add_argument("--sets", nargs="*", choices=list(SETS), default=["gpt-128"])
     parser.add_argument("--refresh", nargs="+", type=int, default=[1, 10, 100])
     parser.add_argument("--cycles", type=int, default=5)
-    parser.add_argument("--cycle", type=int, default=CYCLE, help="updates of a cycle")
+    parser.add_argument("--cycle", type=int, default=CYCLE, help="updates per cycle")
     args = parser.parse_args()
     if args.table:
         print(table(args.table))

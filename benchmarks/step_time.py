@@ -62,7 +62,7 @@ Product = tuple[int, int, int]  # (m, k) @ (k, n)
 
 
 class Kernel(NamedTuple):
-    """A leaf (inputs, sum of widths) that holds a matrix for each width."""
+    """A leaf of shape (inputs, sum of widths) that holds one matrix per width."""
 
     name: str
     inputs: int
@@ -70,14 +70,14 @@ class Kernel(NamedTuple):
 
 
 class ShapeSet(NamedTuple):
-    """The hidden matrices of a model: the kernels of one layer, and how many layers."""
+    """The hidden matrices of a model: the kernels of one layer and how many layers."""
 
     kernels: tuple[Kernel, ...]
     layers: int
     family: bool = False  # compares the Muon family instead of settings of `muon`
 
     def separate(self) -> dict[str, tuple[int, int]]:
-        """The shape of every matrix as a leaf of its own."""
+        """Returns the shape of every matrix as a leaf of its own."""
         return {
             f"{layer:02}.{kernel.name}.{part}": (kernel.inputs, width)
             for layer in range(self.layers)
@@ -86,14 +86,14 @@ class ShapeSet(NamedTuple):
         }
 
     def fuse(self, leaves: Leaves) -> Leaves:
-        """The same matrices, those of a kernel side by side in one leaf."""
+        """Concatenates the matrices of each kernel in one leaf."""
         fused: dict[str, list[jax.Array]] = {}
         for name, leaf in leaves.items():
             fused.setdefault(name.rpartition(".")[0], []).append(leaf)
         return {name: jnp.concatenate(parts, 1) for name, parts in fused.items()}
 
     def layout(self, path: str, leaf: Any) -> om.MatrixLayout | bool:
-        """The routing of the fused leaves."""
+        """Routes the fused leaves."""
         widths = {kernel.name: kernel.widths for kernel in self.kernels}
         parts = widths[path.partition(".")[2]]
         return om.MatrixLayout(split_outputs=parts) if len(parts) > 1 else True
@@ -177,7 +177,7 @@ def contenders(
     if any(len(kernel.widths) > 1 for kernel in shapes.kernels):
         found["ours, fused"] = Contender(ours(newton_schulz, shapes.layout), True)
     try:
-        # Its defaults are the peer's settings; its early releases have no Muon.
+        # Its defaults are the peer's settings. Early releases have no Muon.
         found[ROLLFAST] = Contender(importlib.import_module("rollfast").muon(0.02))
     except (ImportError, AttributeError) as error:
         left_out[ROLLFAST] = f"{type(error).__name__}: {error}"
@@ -196,10 +196,10 @@ def random_leaves(
 
 
 class Step:
-    """An optimizer's state and its compiled update; a call is one step of training."""
+    """An optimizer's state and its compiled update; a call makes one update."""
 
     def __init__(self, contender: Contender, grads: Leaves, params: Leaves):
-        # Through jit every leaf gets a buffer of its own, as donation asks for.
+        # Under jit every leaf gets a buffer of its own, which donation requires.
         self.state = jax.jit(contender.tx.init)(params)
         self.update = contender.tx.update
         self.grads, self.params = grads, params
@@ -217,13 +217,13 @@ class Step:
         self.raw["compile_seconds"].append(time.process_time() - middle)
 
     def __call__(self) -> Leaves:
-        """Returns the updates, which are alive together with the new state."""
+        """Updates the state and returns the updates."""
         updates, self.state = self.compiled(self.grads, self.state, self.params)
         jax.block_until_ready((updates, self.state))
         return updates
 
     def report(self) -> dict[str, Any]:
-        """What the compiled program says of itself."""
+        """Describes the compiled program."""
         text, memory = self.compiled.as_text(), self.compiled.memory_analysis()
         assert text is not None
         try:
@@ -233,7 +233,7 @@ class Step:
         return {
             "leaves": len(self.grads),
             **{name: statistics.median(times) for name, times in self.raw.items()},
-            # Loops once, elementwise work included; `dot_flops` is the other way round.
+            # Unlike `dot_flops`, XLA counts loop bodies once, and elementwise work.
             "flops": (self.compiled.cost_analysis() or {}).get("flops"),
             **dots,
             "custom_calls": hlo.custom_calls(text),
@@ -242,10 +242,11 @@ class Step:
 
 
 def step_products(shapes: ShapeSet) -> dict[Product, tuple[int, int]]:
-    """The products of a plain Newton-Schulz step: leaves that have it, and all of it.
+    """Returns the products of a plain Newton-Schulz step, and two counts of each.
 
-    A square leaf has the same product three times over: it counts once in the first
-    number, which is how many products the probe has, and thrice in the second.
+    The first count is the number of leaves that have the product, which is the number
+    of products in its probe. The second is the number of times that a step computes it:
+    a square leaf has the same product three times.
     """
     leaves: dict[Product, int] = {}
     uses: dict[Product, int] = {}
@@ -260,7 +261,7 @@ def step_products(shapes: ShapeSet) -> dict[Product, tuple[int, int]]:
 
 
 def probe(product: Product, count: int, seed: int, dtype: str) -> Callable[[], Any]:
-    """A program of `count` independent products, all of whose results are returned."""
+    """Returns a program that computes and returns `count` independent products."""
     m, k, n = product
     names = [str(i) for i in range(count)]
     left = random_leaves(dict.fromkeys(names, (m, k)), seed, 1.0, dtype)
@@ -271,7 +272,7 @@ def probe(product: Product, count: int, seed: int, dtype: str) -> Callable[[], A
 
 
 def factor_probe(shapes: ShapeSet, seed: int, dtype: str) -> Callable[[], Any]:
-    """Of every matrix what a Halley step does besides products, on its small side."""
+    """Returns a program with the factorizations and solves of a Halley step."""
     sides = {name: min(shape) for name, shape in shapes.separate().items()}
     leaves = random_leaves({k: (m, m) for k, m in sides.items()}, seed, 1.0, dtype)
     grams = {
@@ -291,7 +292,7 @@ def factor_probe(shapes: ShapeSet, seed: int, dtype: str) -> Callable[[], Any]:
 def interleave(
     programs: dict[str, Callable[[], Any]], repeats: int, warm_up: int = WARM_UP
 ) -> dict[str, list[float]]:
-    """Seconds of each program in each repeat."""
+    """Returns the seconds of each program in each repeat."""
     names = list(programs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(-warm_up, repeats):
@@ -314,7 +315,7 @@ def quartiles(above: Sequence[float], below: Sequence[float]) -> dict[str, float
 
 
 def measure(shapes: ShapeSet, repeats: int, seed: int, dtype: str) -> dict[str, Any]:
-    """Everything about one shape set."""
+    """Measures one shape set."""
     matrices = shapes.separate()
     grads = random_leaves(matrices, seed, 1.0, dtype)
     params = random_leaves(matrices, seed + 1, 0.02, dtype)
@@ -393,7 +394,7 @@ def environment() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "device_kind": jax.devices()[0].device_kind,
         "xla_flags": os.environ.get("XLA_FLAGS"),
-        # LAPACK's own threads get in the way of XLA's: see README.md.
+        # LAPACK's own threads compete with XLA's: see README.md.
         "openblas_num_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
     }
 
@@ -413,7 +414,7 @@ def run(
         "sets": {},
     }
     for name in sets:
-        # Load of others tells how far to trust the seconds.
+        # The load by other programs tells how far to trust the seconds.
         load = os.getloadavg()
         measured = measure(SETS[name], repeats, seed, dtype)
         measured["load_average"] = {"begin": load, "end": os.getloadavg()}
@@ -492,7 +493,7 @@ def main() -> None:
     if args.table:
         print(table(args.table))
     elif args.out:
-        # Before anything is compiled: JAX decides once whether it uses the cache.
+        # JAX decides once, when it first compiles, whether it uses the cache.
         jax.config.update("jax_enable_compilation_cache", False)
         run(args.sets, args.repeats, args.seed, args.dtype, args.out)
     else:

@@ -2,8 +2,8 @@
 
 from optax_matrix import diagnostics
 from optax_matrix._accounting import describe_placement, describe_state
-from optax_matrix._layout import MatrixLayout
-from optax_matrix._linalg import Exact, Halley, NewtonSchulz
+from optax_matrix._layout import MatrixLayout, MatrixView, tree_map
+from optax_matrix._linalg import Exact, Halley, NewtonSchulz, PolarMethod
 from optax_matrix._optimizers import (
     MATRIX_OPTIMIZERS,
     OPTIMIZERS,
@@ -21,11 +21,16 @@ from optax_matrix._optimizers import (
     soap,
     soap_muon,
 )
-from optax_matrix._placement import Placement
+from optax_matrix._placement import Placement, relay_state
 from optax_matrix._routing import describe, partition, route
 from optax_matrix._transforms import (
+    KL,
+    SOAP,
+    Preconditioner,
+    Shampoo,
     add_cautious_weight_decay,
     ema_momentum,
+    float32_statistics,
     floor_update_ratio,
     graft_to,
     hyperball_retract,
@@ -40,6 +45,7 @@ from optax_matrix._transforms import (
     precondition_then_orthogonalize,
     scale_by_neuron_variance,
     scale_by_shape,
+    scale_by_sign,
     scale_by_variance,
     shampoo_precondition,
     soap_precondition,
@@ -47,13 +53,19 @@ from optax_matrix._transforms import (
 )
 
 __all__ = [
+    "KL",
     "MATRIX_OPTIMIZERS",
     "OPTIMIZERS",
+    "SOAP",
     "Exact",
     "Halley",
     "MatrixLayout",
+    "MatrixView",
     "NewtonSchulz",
     "Placement",
+    "PolarMethod",
+    "Preconditioner",
+    "Shampoo",
     "adamh",
     "adamuon",
     "add_cautious_weight_decay",
@@ -63,6 +75,7 @@ __all__ = [
     "diagnostics",
     "distributed_shampoo",
     "ema_momentum",
+    "float32_statistics",
     "floor_update_ratio",
     "graft_to",
     "hopper",
@@ -83,9 +96,11 @@ __all__ = [
     "orthogonalize_newton_schulz",
     "partition",
     "precondition_then_orthogonalize",
+    "relay_state",
     "route",
     "scale_by_neuron_variance",
     "scale_by_shape",
+    "scale_by_sign",
     "scale_by_variance",
     "shampoo",
     "shampoo_precondition",
@@ -93,4 +108,5 @@ __all__ = [
     "soap_muon",
     "soap_precondition",
     "switch_at",
+    "tree_map",
 ]

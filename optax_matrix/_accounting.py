@@ -1,40 +1,56 @@
-"""What training costs before it runs: work, exchanges, and the memory of the state."""
+"""Costs by formula: work and exchanges of matrices, and the memory of the state."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import optax
+from jax.typing import DTypeLike
 
-from optax_matrix import _layout, _linalg, _paths, _placement, _routing, _table
+from optax_matrix import (
+    _check,
+    _layout,
+    _linalg,
+    _paths,
+    _placement,
+    _routing,
+    _table,
+    _transforms,
+)
 from optax_matrix._placement import PlacementDescription
+from optax_matrix._transforms import Preconditioner
 
 
 def describe_placement(
     params: Any,
-    orthogonalize: str | _linalg.PartwiseMethod = "newton_schulz",
+    method: str | _linalg.PolarMethod | Preconditioner = "newton_schulz",
     *,
+    backend: str,
     routing: _routing.Routing = None,
     placement: _placement.Placement | None = None,
 ) -> PlacementDescription:
-    """Shows what orthogonalizing a model's matrices costs each device, by formula.
+    """Counts what work on the matrices of a model costs each device, by formula.
 
     Nothing is compiled, and no devices are needed: leaves may be `jax.ShapeDtypeStruct`
-    with shardings on a `jax.sharding.AbstractMesh` of any size. The tests hold the
-    numbers against compiled programs.
+    with shardings on a `jax.sharding.AbstractMesh` of any size. The tests compare the
+    numbers with compiled programs. Computing roots or bases of a preconditioner is not
+    counted, because it does not consist of matmuls.
 
     Args:
       params: The whole tree of parameters, or of their descriptions.
-      orthogonalize: The method, as the optimizers take it; ``"exact"`` has no formula.
+      method: The work: a polar method as `orthogonalize` takes it, or the settings of a
+        preconditioner (`Shampoo`, `SOAP` or `KL`).
+      backend: The backend that does the work: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
       routing: Which leaves are matrices, see `route`.
-      placement: Where they lie, see `Placement`. None: what leaves say themselves.
+      placement: Where they lie, see `Placement`. None: infer from the leaves.
 
     Returns:
       A description with one row per group of matrices and totals; print it for a table.
 
     Raises:
-      TypeError: If `orthogonalize` has no formula for its FLOPs.
+      TypeError: If `method` has no formula for its FLOPs.
       ValueError: As `route`; and if a sharding does not divide its leaf.
 
     Example:
@@ -42,51 +58,67 @@ def describe_placement(
       >>> rows = jax.NamedSharding(mesh, jax.P("fsdp", None))
       >>> leaf = jax.ShapeDtypeStruct((4096, 11008), "float32", sharding=rows)
       >>> params = {f"up_{i}": {"kernel": leaf} for i in range(512)}
-      >>> cost = describe_placement(params).groups[0]
-      >>> cost.per_device, cost.exchanges
+      >>> cost = describe_placement(params, backend="gpu").groups[0]
+      >>> cost.per_owner, cost.exchanges
       (2, 2)
     """
-    method = _linalg.as_method(orthogonalize)
-    if not isinstance(method, _linalg.PartwiseMethod):
-        raise TypeError(
-            f"`orthogonalize` must have a formula for its FLOPs, got {method!r}. Pass "
-            "'newton_schulz', 'halley' or one of the objects behind them."
+    _check.one_of("backend", backend, ("cpu", "gpu", "tpu"))
+    fitted = _routing.fitted_layout(params, routing)
+    places = [place for place in _paths.places(params) if not place.empty]
+    matrices = jax.tree.structure(params).unflatten(
+        [
+            place.leaf if place.name in fitted.views else optax.MaskedNode()
+            for place in places
+        ]
+    )
+    place = _placement.as_placement(placement)
+    leaves = _placement.resolve(matrices, fitted, place)
+    if isinstance(method, Preconditioner):
+        rule = _transforms.rule_of(method)
+        if method.block_size is not None:
+            leaves = [
+                leaf._replace(view=_layout.blocked(leaf.view, method.block_size))
+                for leaf in leaves
+            ]
+        return _placement.describe_groups(
+            leaves,
+            lambda m, n, dtype: rule.flops(m, n),
+            functools.partial(_rule_bytes, rule),
+            transposable=False,
+            stack_size=place.stack_size,
         )
-    place = placement or _placement.Placement()
-    layouts = jax.tree.map(
-        lambda label: optax.MaskedNode() if isinstance(label, str) else label,
-        _routing.route(params, routing),
-    )
-    matrices = jax.tree.map(
-        lambda layout, leaf: optax.MaskedNode() if _masked(layout) else leaf,
-        layouts,
-        params,
-        is_leaf=_masked,
-    )
-    pairs = _layout.tree_views(layouts, matrices)
-    return _placement.describe(
-        method,
-        [view for view, _ in pairs],
-        [leaf for _, leaf in pairs],
-        place.of(matrices),
-        place.strategy,
+    polar = _linalg.as_method(method)
+    flops = getattr(polar, "flops", None)
+    if flops is None:
+        raise TypeError(
+            f"`method` must have a formula for its FLOPs, `flops`, got {polar!r}. See "
+            "`PolarMethod`."
+        )
+    return _placement.describe_groups(
+        leaves,
+        lambda m, n, dtype: flops(m, n, dtype, backend),
+        lambda m, n, dtype: 0,
+        transposable=bool(getattr(polar, "transposable", False)),
+        stack_size=place.stack_size,
     )
 
 
-def _masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
+def _rule_bytes(rule: Any, m: int, n: int, dtype: DTypeLike) -> int:
+    wide = _linalg.at_least_float32(dtype)
+    state = jax.eval_shape(lambda: rule.init(m, n, wide))
+    return sum(map(_bytes, jax.tree.leaves(state)))
 
 
 @dataclasses.dataclass(frozen=True)
 class StateRow:
-    """A parameter and the state that it causes.
+    """A parameter and the state that is kept for it.
 
     Attributes:
       path: Its name, as in ``blocks/0/attn/query/kernel``.
       shape: Its shape.
       dtype: The name of its dtype.
       parameter_bytes: Its size.
-      state_bytes: By how much the state is larger than without it.
+      state_bytes: How much larger the state is than without it.
     """
 
     path: str
@@ -97,21 +129,20 @@ class StateRow:
 
     @property
     def ratio(self) -> float:
-        """Bytes of state for a byte of the parameter; 0 for a parameter of no bytes."""
+        """Bytes of state per byte of the parameter; 0 for an empty parameter."""
         return _ratio(self.state_bytes, self.parameter_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
 class StateDescription:
-    """The memory of an optimizer's state, a row per leaf; `str` is a table.
+    """The memory of an optimizer's state, one row per leaf; `str` is a table.
 
     Attributes:
       rows: The leaves.
-      shared_bytes: What the rows leave of the whole state: counters, for example.
-      joint_bytes: How much of it is there neither without leaves nor because of one of
-        them, but because of several together: 0 for an optimizer that keeps a state
-        for each leaf by itself, and negative for one that keeps less for several than
-        for each alone.
+      shared_bytes: The rest of the state, such as counters.
+      joint_bytes: The part of `shared_bytes` that is there only if there are several
+        leaves. 0 for an optimizer that keeps the state of each leaf separately;
+        negative for one that needs less for several leaves than for each alone.
     """
 
     rows: tuple[StateRow, ...]
@@ -130,7 +161,7 @@ class StateDescription:
 
     @property
     def ratio(self) -> float:
-        """Bytes of state for a byte of parameters."""
+        """Bytes of state per byte of parameters."""
         return _ratio(self.state_bytes, self.parameter_bytes)
 
     def __str__(self) -> str:
@@ -160,11 +191,11 @@ def _ratio(state_bytes: int, parameter_bytes: int) -> float:
 def describe_state(
     optimizer: optax.GradientTransformation, params: Any
 ) -> StateDescription:
-    """Shows how much memory an optimizer's state takes, by leaf of the parameters.
+    """Counts the memory of an optimizer's state, by leaf of the parameters.
 
-    For any optimizer, of this library or not: the state that a leaf causes is that of
-    the tree in which every other leaf is an empty node, as None is, less the state of
-    the tree in which all are. `init` is traced once a leaf; nothing is allocated.
+    It works for any optimizer, of this library or not: the bytes of a leaf are those of
+    the state of a tree in which every other leaf is an empty node, less those of a tree
+    in which all leaves are. `init` is traced once per leaf, and nothing is allocated.
 
     Args:
       optimizer: The optimizer.
@@ -172,13 +203,14 @@ def describe_state(
 
     Returns:
       A description with one row per leaf and totals; print it for a table. Bytes are
-      of the whole tree over all devices, copies of the same part not counted.
+      those of the whole state over all devices, without counting copies.
 
     Raises:
-      TypeError: If `optimizer` is no `optax.GradientTransformation`.
+      TypeError: If `optimizer` is not an `optax.GradientTransformation`.
       ValueError: If `params` has no leaves.
-      Exception: What `optimizer.init` raises, with a note of which leaves it was given:
-        a few cannot do without any, such as `optax.flatten` and `optax.lbfgs`.
+      Exception: Whatever `optimizer.init` raises, with a note of the leaves it was
+        given. Some optimizers need all leaves, such as `optax.flatten` and
+        `optax.lbfgs`.
 
     Example:
       >>> up = jax.ShapeDtypeStruct((64, 256), "bfloat16")

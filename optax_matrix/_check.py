@@ -51,19 +51,27 @@ def static_int(name: str, value: Any, low: int) -> None:
     Such an argument fixes the shape of the program, so no JAX array is accepted: under
     `optax.inject_hyperparams` it would have a value in `init` and none in `update`.
     """
-    if isinstance(value, jax.Array):
-        raise TypeError(
-            f"`{name}` fixes the program and must be an int, got a JAX array. Under "
-            f"`optax.inject_hyperparams`, pass `static_args=({name!r},)`."
-        )
+    _refuse_array(name, value, "an int")
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"`{name}` must be an int, got {_short(value)}.")
     if value < low:
         raise ValueError(f"`{name}` must be at least {low}, got {value}.")
 
 
+def whole_number(name: str, value: Any, low: int) -> None:
+    """Raises unless `value` is an integer of at least `low`, traced or not."""
+    kind = isinstance(value, int | np.integer)
+    if isinstance(value, jax.Array):
+        kind = value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer)
+    if isinstance(value, bool) or not kind:
+        raise TypeError(f"`{name}` must be an int, got {_short(value)}.")
+    if not isinstance(value, jax.core.Tracer) and int(value) < low:
+        raise ValueError(f"`{name}` must be at least {low}, got {value}.")
+
+
 def static_number(name: str, value: Any) -> None:
     """Raises unless `value` is a Python number, for arguments that fix the program."""
+    _refuse_array(name, value, "a Python number")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(
             f"`{name}` fixes the program and must be a Python number, "
@@ -71,10 +79,28 @@ def static_number(name: str, value: Any) -> None:
         )
 
 
+def _refuse_array(name: str, value: Any, wanted: str) -> None:
+    """Raises for a JAX array in place of an argument that fixes the program."""
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"`{name}` fixes the program and must be {wanted}, got a JAX array. Under "
+            f"`optax.inject_hyperparams`, pass `static_args=({name!r},)`."
+        )
+
+
 def boolean(name: str, value: Any) -> None:
     """Raises unless `value` is True or False, of Python or NumPy."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"`{name}` must be True or False, got {_short(value)}.")
+
+
+def instance(name: str, value: Any, kind: type) -> None:
+    """Raises unless `value` is an instance of `kind`."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"`{name}` must be a `{kind.__name__}`, such as `{kind.__name__}()`, got "
+            f"{_short(value)}."
+        )
 
 
 def params_given(params: Any, user: str) -> None:

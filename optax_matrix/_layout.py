@@ -1,9 +1,9 @@
-"""Which axes of a leaf are inputs, outputs and batch: the only reshaper."""
+"""Which axes of a leaf are inputs, outputs and batch; the only reshaper."""
 
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -33,15 +33,15 @@ class MatrixLayout:
     The default reads a Flax kernel, (..., in, out): the last two axes are one matrix
     and leading axes are a batch of independent ones. Several axes on a side are
     flattened in the order given. A fused kernel is several matrices side by side,
-    which `split_inputs` and `split_outputs` cut apart.
+    which `split_inputs` and `split_outputs` separate.
 
     A layout is not a pytree: `jax.tree` sees it as a leaf.
 
     Args:
-      inputs: Axis or axes contracted with the layer's input.
-      outputs: Axis or axes the layer produces.
-      split_inputs: An integer cuts the input axis into that many equal blocks, a tuple
-        into blocks of these widths. Needs a single input axis.
+      inputs: The axis or axes that are contracted with the input of the layer.
+      outputs: The axis or axes of the output of the layer.
+      split_inputs: The number of equal blocks of the input axis, or a tuple of their
+        widths. Needs a single input axis.
       split_outputs: The same for the output axis.
 
     Raises:
@@ -63,7 +63,7 @@ class MatrixLayout:
     split_outputs: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Checks what can be checked without a shape; turns lists into tuples."""
+        """Checks what needs no shape, and turns lists into tuples."""
         for side in ("inputs", "outputs"):
             self._check_side(side, f"split_{side}")
 
@@ -99,7 +99,7 @@ Layout: TypeAlias = LayoutSpec | Any | Callable[[Any], Any]
 
 
 def as_layout(spec: LayoutSpec) -> MatrixLayout:
-    """Returns `spec` as a `MatrixLayout`; None is the default one."""
+    """Returns `spec` as a `MatrixLayout`; None is the default layout."""
     if spec is None:
         return MatrixLayout()
     if isinstance(spec, MuonDimensionNumbers):
@@ -117,7 +117,7 @@ def as_layout(spec: LayoutSpec) -> MatrixLayout:
 
 @dataclasses.dataclass(frozen=True)
 class MatrixView:
-    """A layout fitted to one shape: cuts a leaf into stacks and puts it together.
+    """A layout fitted to one shape: cuts a leaf into matrices and joins them again.
 
     Attributes:
       shape: The leaf's shape.
@@ -233,7 +233,7 @@ class MatrixView:
           *xs: Arrays of the view's shape.
 
         Returns:
-          The results, put together in the view's shape.
+          The results, joined in the shape of the view.
         """
         stacks = zip(*(self.to_stacks(x) for x in xs), strict=True)
         return self.from_stacks([fn(*stack) for stack in stacks])
@@ -261,13 +261,13 @@ class MatrixView:
           number of blocks where that side is split. `expand` brings it back.
 
         Sharding:
-          Any. A side that is not split takes a `jnp.sum` and no reshape.
+          Any. A side that is not split needs only a `jnp.sum` and no reshape.
         """
         return self._reduce(jnp.sum, x, inputs, outputs)
 
     def max(self, x: jax.Array) -> jax.Array:
-        """Largest entry of each matrix, in the shape of `sum`."""
-        return self._reduce(jnp.max, x, inputs=True, outputs=True)
+        """Returns the largest entry of each matrix, or 0, in the shape of `sum`."""
+        return self._reduce(_max_or_zero, x, inputs=True, outputs=True)
 
     def _reduce(
         self,
@@ -297,7 +297,7 @@ class MatrixView:
         return r
 
     def size(self, inputs: bool = True, outputs: bool = True) -> float | np.ndarray:
-        """Returns how many entries `sum` adds up, to divide its result by.
+        """Returns the number of entries that `sum` adds up.
 
         Returns:
           A Python float, or where a summed side is split by unequal widths a float32
@@ -314,12 +314,17 @@ class MatrixView:
         return size
 
     def fan_in(self) -> float | np.ndarray:
-        """Returns the inputs of each matrix, as `size` does."""
+        """Returns the number of inputs of each matrix, as `size` does."""
         return self.size(inputs=True, outputs=False)
 
     def fan_out(self) -> float | np.ndarray:
-        """Returns the outputs of each matrix, as `size` does."""
+        """Returns the number of outputs of each matrix, as `size` does."""
         return self.size(inputs=False, outputs=True)
+
+
+def _max_or_zero(x: jax.Array, **axes: Any) -> jax.Array:
+    # Matrices without entries have no largest one.
+    return jnp.max(x, initial=0, **axes)
 
 
 def _cut(x: jax.Array, rows: int, columns: int, m: int, n: int) -> jax.Array:
@@ -440,7 +445,7 @@ def view(shape: Sequence[int], spec: LayoutSpec = None, path: str = "") -> Matri
 
 
 def blocked(view: MatrixView, size: int) -> MatrixView:
-    """Returns the view with blocks wider than `size` cut, the last piece uneven."""
+    """Returns the view with blocks cut to at most `size`, the last one smaller."""
 
     def cut(widths: tuple[int, ...]) -> tuple[int, ...]:
         pieces = []
@@ -456,8 +461,44 @@ def blocked(view: MatrixView, size: int) -> MatrixView:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class FittedLayout:
+    """The views of the matrices of a tree by the names of their leaves.
+
+    `partition` makes one when it routes a tree, so that the stages of a chain need not
+    fit layouts to leaves again.
+    """
+
+    views: Mapping[str, MatrixView]
+
+
 def _is_entry(node: Any) -> bool:
     return isinstance(node, MuonDimensionNumbers | optax.MaskedNode)
+
+
+def check_floating(leaf: Any, path: str) -> None:
+    """Raises unless a leaf is real and floating.
+
+    Raises:
+      TypeError: With the leaf's path and dtype.
+    """
+    dtype = jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"Leaves must be real floating arrays, got dtype {dtype} at '{path}'. "
+            "Route the leaf to another optimizer, or cast it."
+        )
+
+
+def check_all_floating(tree: Any) -> None:
+    """Raises unless all leaves of `tree` are real and floating.
+
+    Raises:
+      TypeError: With the path and the dtype of the first other leaf.
+    """
+    for place in _paths.places(tree):
+        if not place.empty:
+            check_floating(place.leaf, place.name)
 
 
 def tree_views(layout: Layout, tree: Any) -> list[tuple[MatrixView, Any]]:
@@ -465,17 +506,25 @@ def tree_views(layout: Layout, tree: Any) -> list[tuple[MatrixView, Any]]:
 
     Args:
       layout: A layout for all leaves, a tree (prefix) of layouts matched to `tree` by
-        name, or a function from `tree` to one of these.
-      tree: The tree. Only shapes are read: leaves may be arrays, tracers or
+        name, a function from `tree` to one of these, or a `FittedLayout`.
+      tree: The tree. Only shapes and dtypes are read: leaves may be arrays, tracers or
         `jax.ShapeDtypeStruct`.
 
     Returns:
       The view of each leaf, and the leaf.
 
     Raises:
-      TypeError: If an entry of `layout` is no layout.
-      ValueError: If `layout` does not match `tree`, or a layout not its leaf's shape.
+      TypeError: If an entry of `layout` is not a layout, or a leaf is not real
+        floating.
+      ValueError: If `layout` does not match `tree`, or a layout does not fit its leaf.
     """
+    if isinstance(layout, FittedLayout):
+        check_all_floating(tree)
+        return [
+            (layout.views[place.name], place.leaf)
+            for place in _paths.places(tree)
+            if not place.empty
+        ]
     if _paths.is_function(layout):
         layout = layout(tree)
     views = []
@@ -486,6 +535,7 @@ def tree_views(layout: Layout, tree: Any) -> list[tuple[MatrixView, Any]]:
                 f"shape {tuple(jnp.shape(place.leaf))}. Give that leaf a layout, or "
                 "mask it in the tree."
             )
+        check_floating(place.leaf, place.name)
         try:
             fitted = view(jnp.shape(place.leaf), entry, place.name)
         except TypeError as error:
@@ -504,24 +554,32 @@ def tree_map(
     """Maps `fn(view, leaf, *rest_leaves)` over the leaves of `tree`.
 
     Empty nodes of `tree` (None, `optax.MaskedNode`) stay as they are, whatever `layout`
-    says of them.
+    has for them.
 
     Args:
-      fn: Takes the leaf's `MatrixView`, the leaf, and what `rest` holds at the leaf.
-      layout: See `tree_views`.
+      fn: Takes the `MatrixView` of a leaf, the leaf, and what `rest` has at the leaf.
+      layout: Which axes of a leaf are the matrix: a `MatrixLayout` for all leaves, None
+        for the last two axes, or what `partition` passes to its optimizer.
       tree: The tree to map over.
       *rest: Trees with the structure of `tree`, boxed or not, or with subtrees at its
         leaves.
       keep_boxes: Whether results go into the boxes that the leaves of `tree` are in
         (Flax's `Variable` and `Partitioned`). A box has the sharding of its parameter:
-        state of another shape is kept without.
+        state of another shape is kept without it.
 
     Returns:
       A tree with the structure of `tree`.
 
     Raises:
-      TypeError: If an entry of `layout` is no layout.
-      ValueError: If `layout` does not match `tree`, or a layout not its leaf's shape.
+      TypeError: If an entry of `layout` is not a layout, or a leaf is not real
+        floating.
+      ValueError: If `layout` does not match `tree`, or a layout does not fit its leaf.
+
+    Example:
+      >>> def sums(view, leaf):
+      ...     return view.sum(leaf, outputs=False)  # over the inputs of each matrix
+      >>> print(tree_map(sums, None, {"kernel": jnp.ones((3, 2))})["kernel"])
+      [[3. 3.]]
     """
     bare = jax.tree.structure(_paths.unboxed(tree))
     others = [bare.flatten_up_to(_paths.unboxed(other)) for other in rest]

@@ -1,4 +1,4 @@
-"""What the types of arrays say about meshes, and bringing one leaf together."""
+"""Shardings of arrays as their types show them, and gathering of one leaf."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from jax.sharding import AxisType
 
 
 def seen(x: Any) -> jax.NamedSharding | None:
-    """Where all of `x` lies, as far as can be seen; None is on one device, or unknown.
+    """Returns the sharding of `x` if it is known, or None.
 
-    On a mesh with explicit axes the type says it, and outside of `jax.jit` the array.
-    On the auto axes of a context mesh the compiler decides later: there leaves are
-    taken for replicated, which is right whatever they are.
+    On an explicit mesh it is part of the type; outside `jax.jit` the array has it. On
+    the auto axes of a context mesh the compiler decides later: `x` is assumed to be
+    replicated, which gives correct results whatever it is.
     """
     if not isinstance(x, jax.core.Tracer):
         sharding = getattr(x, "sharding", None)
@@ -25,20 +25,20 @@ def seen(x: Any) -> jax.NamedSharding | None:
 
 
 def typed(x: Any) -> jax.NamedSharding | None:
-    """Where `x` lies by its type; None on a mesh with auto axes, or on one device.
+    """Returns the sharding of `x` by its type; None on auto axes or one device.
 
-    The same inside and outside of `jax.jit`, which `seen` is not.
+    Unlike `seen`, it is the same inside and outside `jax.jit`.
     """
     traced = isinstance(x, jax.core.Tracer)
     sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
     if not isinstance(sharding, jax.NamedSharding):
-        # Once traced in this context it will be on all devices of its mesh.
+        # Traced in this context, it will be replicated over its mesh.
         sharding = jax.NamedSharding(jax.sharding.get_abstract_mesh(), jax.P())
     return sharding if _only(sharding.mesh, AxisType.Explicit) else None
 
 
 def inside_shard_map() -> bool:
-    """Whether each device is given its own arrays, of a mesh with manual axes."""
+    """Returns whether this is traced inside `shard_map`, on a mesh with manual axes."""
     return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
 
 
@@ -47,9 +47,10 @@ def _only(mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh, kind: AxisType) -
 
 
 def gathered(x: jax.Array) -> jax.Array:
-    """`x`, whole on every device if its type says that it is sharded.
+    """Returns `x`, gathered on every device if its type is sharded.
 
-    Explicit mode refuses to guess what a reshape or a product of sharded axes becomes.
+    Explicit mode does not choose the sharding of a reshape or a product of sharded
+    axes.
     """
     sharding = jax.typeof(x).sharding
     if sharding.mesh.empty or all(axis is None for axis in sharding.spec):
@@ -59,7 +60,7 @@ def gathered(x: jax.Array) -> jax.Array:
 
 
 def like(x: jax.Array, original: jax.Array) -> jax.Array:
-    """`x` with the sharding that the type of `original` says."""
+    """Returns `x` with the sharding in the type of `original`."""
     if jax.typeof(x).sharding == jax.typeof(original).sharding:
         return x
     return jax.sharding.reshard(x, jax.typeof(original).sharding)
@@ -68,7 +69,7 @@ def like(x: jax.Array, original: jax.Array) -> jax.Array:
 def axes_by_dimension(
     sharding: jax.NamedSharding, ndim: int
 ) -> tuple[tuple[str, ...], ...]:
-    """The mesh axes that each dimension is sharded over, those of size 1 left out."""
+    """Returns the mesh axes that shard each dimension, without axes of size 1."""
     names = []
     for entry in (*sharding.spec, *[None] * (ndim - len(sharding.spec))):
         entry = entry if isinstance(entry, tuple) else (entry,)

@@ -1,4 +1,4 @@
-"""Names of leaves, and trees of labels matched to a tree by name."""
+"""Names of leaves, and matching of a tree of labels to a tree by name."""
 
 import collections
 import dataclasses
@@ -20,11 +20,11 @@ def _segments(key_path: tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def path_name(key_path: tuple[Any, ...]) -> str:
-    """Returns a leaf's name, as in ``blocks/0/attn/query/kernel``.
+    """Returns the name of a leaf, as in ``blocks/0/attn/query/kernel``.
 
     Flax boxes (NNX `Variable`, Linen `Partitioned`) are pytree nodes whose only child
-    is the attribute `value`. NNX hands `tx.init` boxed parameters and `tx.update` bare
-    ones; without that last key both have the same names.
+    is the attribute `value`. NNX passes boxed parameters to `tx.init` and bare ones to
+    `tx.update`; without that last key both have the same names.
     """
     return "/".join(_segments(key_path[:-1] if _is_box(key_path) else key_path))
 
@@ -32,7 +32,7 @@ def path_name(key_path: tuple[Any, ...]) -> str:
 def _flatten(
     tree: Any, is_leaf: Callable[[Any], bool]
 ) -> list[tuple[tuple[str, ...], Any]]:
-    """Leaves by name, without boxes; an attribute `value` with siblings is no box."""
+    """Returns leaves by name, without boxes; `value` with siblings is not a box."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     uses = collections.Counter(path[:-1] for path, _ in flat)
     uses.update(path[:d] for path, _ in flat for d in range(len(path) - 1))
@@ -45,7 +45,7 @@ def _flatten(
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Absent:
-    """An empty node for a leaf that was left out; its name and shape are evidence."""
+    """An empty node in place of a leaf, whose name and shape are still evidence."""
 
     shape: tuple[int, ...]
 
@@ -55,7 +55,7 @@ def _is_absent(node: Any) -> bool:
 
 
 def _is_empty(node: Any) -> bool:
-    """Whether there is nothing below `node`, neither leaves nor `Absent` nodes."""
+    """Returns whether `node` has neither leaves nor `Absent` nodes below it."""
     if _is_absent(node):
         return True
     if jax.tree.structure(node).num_leaves:
@@ -77,14 +77,14 @@ class Place(NamedTuple):
 
 
 def places(tree: Any) -> list[Place]:
-    """Returns the leaves of `tree` in order, the empty nodes among them."""
+    """Returns the leaves and the empty nodes of `tree`, in order."""
     return [
         Place(names, leaf, _is_empty(leaf)) for names, leaf in _flatten(tree, _is_empty)
     ]
 
 
 def _boxed(node: Any) -> list[Any]:
-    """What a box holds, in a list; nothing for another node."""
+    """Returns the content of a box in a list; an empty list for other nodes."""
     children, _ = jax.tree_util.tree_flatten_with_path(
         node, is_leaf=lambda child: child is not node
     )
@@ -93,9 +93,9 @@ def _boxed(node: Any) -> list[Any]:
 
 
 def unboxed(tree: Any) -> Any:
-    """Returns the tree with each box replaced by the leaf inside.
+    """Returns the tree with each box replaced by its content.
 
-    A box carries the sharding of its parameter, which fits no leaf of another shape.
+    A box has the sharding of its parameter, which does not fit state of another shape.
     """
 
     def is_box(node: Any) -> bool:
@@ -108,16 +108,16 @@ def unboxed(tree: Any) -> Any:
 
 
 def is_function(spec: Any) -> TypeGuard[Callable[..., Any]]:
-    """Whether `spec` is a function, and not a pytree that happens to be callable."""
+    """Returns whether `spec` is a function, and not a callable pytree."""
     return callable(spec) and jax.tree_util.all_leaves([spec])
 
 
 class Match(NamedTuple):
-    """What a tree of labels says of one leaf."""
+    """The entry of a tree of labels for one leaf."""
 
     place: Place
     entry: Any
-    prefix: bool  # the entry names a subtree the leaf is in, not the leaf itself
+    prefix: bool  # the entry is for a subtree that contains the leaf
 
 
 def match(
@@ -125,20 +125,21 @@ def match(
 ) -> list[Match]:
     """Matches a tree of entries, or a prefix of one, to the leaves of `tree` by name.
 
-    The entry at a leaf or above it counts. Names rather than tree structures are
-    compared, so one tree of entries serves boxed and bare parameters.
+    The entry of a leaf is the one at the leaf or above it. Names are compared instead
+    of tree structures, so that one tree of entries fits boxed and bare parameters.
 
     Args:
       entries: The tree of entries.
-      tree: The tree whose leaves need one each.
-      argument: What `entries` is called in error messages.
-      is_entry: Whether a node of `entries` is an entry, though it is a container.
+      tree: The tree whose leaves need an entry each.
+      argument: The name of `entries` in error messages.
+      is_entry: Returns whether a node of `entries` is an entry although it is a
+        container.
 
     Returns:
       One match per leaf, in order.
 
     Raises:
-      ValueError: If a leaf has no entry, or an entry has nothing to apply to.
+      ValueError: If a leaf has no entry, or an entry has no leaf.
     """
 
     def stops(node: Any) -> bool:
@@ -149,12 +150,12 @@ def match(
     matches, missing = [], []
     for place in places(tree):
         keys = place.segments
-        # Entries are leaves of their tree, so at most one is on the way.
+        # Entries are leaves of their tree, so at most one is on the path.
         above = next((d for d in range(len(keys) + 1) if keys[:d] in table), None)
         if above is not None:
             unused.discard(keys[:above])
         if place.empty:
-            # Whatever a full tree says below a masked node goes with the node.
+            # Entries of a full tree below a masked node are masked with it.
             unused = {path for path in unused if path[: len(keys)] != keys}
         elif above is not None:
             entry = table[keys[:above]]

@@ -189,6 +189,17 @@ def route(params: Any, routing: Routing = None) -> Any:
     return _labels(params, _decide(params, routing), "auxiliary")
 
 
+def fitted_layout(params: Any, routing: Routing = None) -> _layout.FittedLayout:
+    """Returns the views of all leaves that take the matrix optimizer."""
+    return _fitted(_decide(params, routing))
+
+
+def _fitted(rows: list[Any]) -> _layout.FittedLayout:
+    return _layout.FittedLayout(
+        {place.name: view for place, _, view in rows if view is not None}
+    )
+
+
 def _labels(params: Any, rows: list[Any], auxiliary: Any) -> Any:
     layouts = [
         auxiliary if decision.layout is None else decision.layout
@@ -210,9 +221,8 @@ def partition(
     another `optax.partition`, masked leaves provide no evidence: pass `routing` there.
 
     Args:
-      matrix: Takes the tree of `MatrixLayout`s, with `optax.MaskedNode` in place of
-        auxiliary leaves, and returns the optimizer for the matrices. It is called at
-        every trace.
+      matrix: Takes the layout of the matrices, to be passed on as ``layout``, and
+        returns their optimizer. It is called at every trace.
       auxiliary: The optimizer for all other leaves.
       routing: See `route`.
 
@@ -229,9 +239,8 @@ def partition(
         rows = _decide(tree, routing)
         treedef = jax.tree.structure(tree)
         labels = treedef.unflatten([decision.optimizer for _, decision, _ in rows])
-        layouts = _labels(tree, rows, optax.MaskedNode())
         return optax.partition(
-            {"matrix": matrix(layouts), "auxiliary": auxiliary}, labels
+            {"matrix": matrix(_fitted(rows)), "auxiliary": auxiliary}, labels
         )
 
     def init(params: Any) -> optax.OptState:

@@ -1,4 +1,4 @@
-"""The tables that descriptions print."""
+"""Tables for descriptions."""
 
 from collections.abc import Collection, Sequence
 
@@ -9,13 +9,13 @@ def aligned(
     totals: Sequence[Sequence[str]],
     right: Collection[int],
 ) -> str:
-    """Returns lines of aligned cells, with a rule below the header and above totals.
+    """Returns lines of aligned cells, with rules below the header and above totals.
 
     Args:
-      header: The columns' names.
-      rows: A cell for each column.
+      header: The names of the columns.
+      rows: Rows with one cell per column.
       totals: The last rows.
-      right: Which columns are aligned on the right, as numbers are.
+      right: Which columns are aligned to the right.
     """
     cells = (header, *rows, *totals)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -248,10 +248,10 @@ def refreshes(state: Any) -> dict[str, Health]:
 
     Returns:
       A dict from the path of each stack of roots or bases in the state, such as
-      ``matrices/384x1536/left``, to a named tuple of two arrays, each with one number
-      per row of the stack: ``failures`` is the current number of consecutive failed
-      refreshes, and ``stuck`` is whether it has ever reached ``max_failures``. The dict
-      is empty if the state has no preconditioner.
+      ``matrices/384x1536/state/left``, to a named tuple of two arrays, each with one
+      number per row of the stack: ``failures`` is the current number of consecutive
+      failed refreshes, and ``stuck`` is whether it has ever reached ``max_failures``.
+      The dict is empty if the state has no preconditioner.
     """
 
     def is_health(node: Any) -> bool:

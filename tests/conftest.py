@@ -30,10 +30,6 @@ if FLAG.upper() not in os.environ:
 DISABLED = jax.config.read(FLAG)
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "core: compiled with all optimizations")
-
-
 @pytest.fixture(autouse=True)
 def optimizations(request):
     """Enables all optimizations for tests marked `core`."""

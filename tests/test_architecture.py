@@ -1,13 +1,18 @@
 """The package's rules about itself: who imports whom, and what is public."""
 
 import ast
+import dataclasses
 import inspect
 import pathlib
+import re
 
+import chex
 import optax
 import pytest
 
 import optax_matrix as om
+from optax_matrix._optimizers import _routed
+from tests import problems
 
 ROOT = pathlib.Path(om.__file__).parent
 # Lower may not import higher.
@@ -36,12 +41,17 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
             yield from ((node.module or "", alias.name) for alias in node.names)
 
 
 def part_of(path):
     relative = path.relative_to(ROOT)
     return relative.parts[0].removesuffix(".py")
+
+
+def test_every_part_has_a_level():
+    assert {part_of(path) for path in FILES} == set(LEVELS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -84,10 +94,21 @@ def test_all_is_sorted_and_exists():
         assert hasattr(om, name)
 
 
+FUNCTIONS = [n for n in om.__all__ if inspect.isfunction(getattr(om, n))]
+CLASSES = [n for n in om.__all__ if inspect.isclass(getattr(om, n))]
+# Optimizers with other defaults than another one, which documents their arguments.
+PRESETS = {"muonw": "muon", "distributed_shampoo": "shampoo"}
+
+
+def documented(doc, heading):
+    """The names under a heading of a docstring, in order."""
+    _, _, rest = doc.partition(f"\n{heading}:\n")
+    section, _, _ = rest.partition("\n\n")
+    return re.findall(r"^  [*]*(\w+): \S", section, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
-    "name",
-    [n for n in om.__all__ if inspect.isfunction(getattr(om, n))]
-    + ["diagnostics." + n for n in om.diagnostics.__all__],
+    "name", FUNCTIONS + ["diagnostics." + n for n in om.diagnostics.__all__]
 )
 def test_public_functions_are_documented_and_typed(name):
     function = om
@@ -95,20 +116,112 @@ def test_public_functions_are_documented_and_typed(name):
         function = getattr(function, part)
     signature, doc = inspect.signature(function), inspect.getdoc(function) or ""
     assert signature.return_annotation is not inspect.Signature.empty
-    sections = doc.split("Args:")
-    if signature.parameters:
-        assert len(sections) == 2, "no Args section"
-        assert "Returns:" in doc
+    assert "\nReturns:\n" in doc
     for parameter in signature.parameters.values():
         assert parameter.annotation is not inspect.Signature.empty, parameter
-        assert f"{parameter.name}:" in sections[1], f"{parameter.name} undocumented"
+    if name in PRESETS:
+        factory = PRESETS[name]
+        assert factory in FUNCTIONS and factory not in PRESETS
+        assert list(signature.parameters) == list(
+            inspect.signature(getattr(om, factory)).parameters
+        )
+        assert f"  learning_rate: As every other argument, see `{factory}`.\n" in doc
+    else:
+        assert documented(doc, "Args") == list(signature.parameters)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_public_classes_are_documented_and_typed(name):
+    cls = getattr(om, name)
+    doc = inspect.getdoc(cls) or ""
+    assert doc
+    if dataclasses.is_dataclass(cls):
+        known = documented(doc, "Args") + documented(doc, "Attributes")
+        assert sorted(known) == sorted(f.name for f in dataclasses.fields(cls))
+    for member, value in vars(cls).items():
+        function = value.fget if isinstance(value, property) else value
+        if not member.startswith("_") and inspect.isfunction(function):
+            assert inspect.getdoc(function), member
+            signature = inspect.signature(function)
+            assert signature.return_annotation is not inspect.Signature.empty, member
+
+
+# `momentum`, `b2`, `mu_dtype` and `orthogonalize` are the words for these; what a stage
+# scales to has the name of the quantity.
+OTHER_WORDS = {
+    *("b1", "beta1", "decay", "accumulator_dtype", "moment_dtype"),
+    *("ns_steps", "target", "rule"),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS + CLASSES)
+def test_one_concept_has_one_name(name):
+    assert not OTHER_WORDS & set(inspect.signature(getattr(om, name)).parameters)
+
+
+TAIL = [
+    *("weight_decay", "weight_decay_mask", "mu_dtype", "routing", "placement"),
+    *("auxiliary", "auxiliary_learning_rate"),
+]
 
 
 @pytest.mark.parametrize("name", sorted(om.MATRIX_OPTIMIZERS))
 def test_optimizers_share_their_last_arguments(name):
-    parameters = list(inspect.signature(om.OPTIMIZERS[name]).parameters)
-    assert parameters[0] == "learning_rate"
-    assert parameters[-3:] == ["routing", "auxiliary", "auxiliary_learning_rate"]
+    def tail(factory):
+        return list(inspect.signature(factory).parameters.values())[-len(TAIL) :]
+
+    first, *rest = inspect.signature(om.OPTIMIZERS[name]).parameters
+    assert first == "learning_rate" and rest[-len(TAIL) :] == TAIL
+    got = tail(om.OPTIMIZERS[name])
+    assert isinstance(got[0].default, float)
+    # Kinds, annotations and defaults are equal too.
+    assert [got[0].replace(default=0.0), *got[1:]] == tail(om.muon)
+    assert all(parameter.default is None for parameter in got[1:])
+
+
+@pytest.mark.parametrize("indent", ["    ", ""])  # Python 3.13 removes it
+def test_common_arguments_are_filled_in(indent):
+    def factory():
+        pass
+
+    lines = ["Args:", "  first: One.", "  <common arguments>", "", "Returns:"]
+    factory.__doc__ = f"\n{indent}".join(["Summary.", "", *lines])
+    doc = inspect.getdoc(_routed.documented("2")(factory)) or ""
+    assert documented(doc, "Args") == ["first", *TAIL]
+    assert "``learning_rate`` times 2.\n\nReturns:" in doc
+
+
+def stages(chain):
+    """The names of the stages of an `optax.chain(...)`, as users write them."""
+    assert isinstance(chain, ast.Call) and ast.unparse(chain.func) == "optax.chain"
+    assert all(isinstance(stage, ast.Call) for stage in chain.args)
+    return [
+        ast.unparse(stage.func).replace("_transforms.", "om.") for stage in chain.args
+    ]
+
+
+def test_the_readme_writes_out_the_body_of_muon():
+    text = (ROOT.parent / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    (written,) = (
+        node
+        for block in blocks
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "muon"
+    )
+    factory = ast.parse(inspect.getsource(om.muon))
+    (body,) = (
+        node.body[-1].value
+        for node in ast.walk(factory)
+        if isinstance(node, ast.FunctionDef) and node.name == "matrix"
+    )
+    assert stages(written.value) == stages(body)
+    muon = eval(ast.unparse(written.value), {"om": om, "optax": optax})
+    grads = [problems.matrices_only(seed=t) for t in range(3)]
+    params = problems.matrices_only(seed=3)
+    got, _ = problems.unroll(muon, grads, params)
+    want, _ = problems.unroll(om.muon(0.02, routing="matrix"), grads, params)
+    chex.assert_trees_all_close(got, want, rtol=1e-6, atol=1e-8)
 
 
 def test_registry_names_the_whole_ladder():

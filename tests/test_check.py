@@ -93,8 +93,8 @@ def test_optimizers_check_at_construction():
 
 
 def test_injected_values_are_checked_by_init():
-    injected = optax.inject_hyperparams(om.ema_momentum)(decay=1.5)
-    with pytest.raises(ValueError, match=r"`decay` must lie in \[0, 1\), got 1\.5"):
+    injected = optax.inject_hyperparams(om.ema_momentum)(momentum=1.5)
+    with pytest.raises(ValueError, match=r"`momentum` must lie in \[0, 1\), got 1\.5"):
         injected.init(jnp.ones((3, 2)))
 
 
@@ -156,3 +156,24 @@ def test_the_transformation_that_needs_parameters_is_named():
     _check.params_given({}, "match_rms")
     with pytest.raises(ValueError, match="`match_rms` needs the parameters"):
         _check.params_given(None, "match_rms")
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), jnp.int32(3), np.uint8(3)])
+def test_whole_numbers_pass_traced_or_not(value):
+    _check.whole_number("refresh", value, 3)
+    jax.jit(lambda traced: _check.whole_number("refresh", traced, 4))(value)
+    with pytest.raises(ValueError, match="`refresh` must be at least 4, got 3"):
+        _check.whole_number("refresh", value, 4)
+
+
+@pytest.mark.parametrize("value", [2.5, jnp.float32(3), True, "3", None, [3]])
+def test_what_is_not_a_whole_number_raises(value):
+    with pytest.raises(TypeError, match="`refresh` must be an int"):
+        _check.whole_number("refresh", value, 1)
+
+
+def test_an_object_of_another_class_raises():
+    _check.instance("preconditioner", om.SOAP(), om.SOAP)
+    match = r"`preconditioner` must be a `SOAP`, such as `SOAP\(\)`, got \{\}"
+    with pytest.raises(TypeError, match=match):
+        _check.instance("preconditioner", {}, om.SOAP)

@@ -103,3 +103,27 @@ def test_split_leaves_report_every_block():
     want[0] = np.linalg.svd(x[:, :7], compute_uv=False)
     want[1, :3] = np.linalg.svd(x[:, 7:], compute_uv=False)
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_sharded_leaves_give_what_whole_ones_give():
+    mesh = jax.make_mesh((8,), ("x",), (jax.sharding.AxisType.Explicit,))
+    x, y = problems.normal((16, 8)), problems.normal((16, 8), 1)
+    want = on(d.singular_values, x), on(d.rotation_angle, x, y)
+    with jax.set_mesh(mesh):
+        x, y = jax.device_put((x, y), jax.P("x", None))
+        got = on(d.singular_values, x), on(d.rotation_angle, x, y)
+    for a, b in zip(got, want, strict=True):
+        # Sums in another order.
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_results_are_float32(dtype):
+    x = {"kernel": problems.normal((4, 3), dtype=dtype)}
+    for got in (d.stable_rank(x), d.update_to_weight(x, x), d.signal_to_noise(x, x)):
+        assert got["kernel"].dtype == jnp.float32
+
+
+def test_optimizers_without_preconditioner_have_no_refreshes():
+    state = om.muon(0.1).init({"kernel": jnp.ones((4, 3))})
+    assert d.refreshes(state) == d.check_refreshes(state) == {}

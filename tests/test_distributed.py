@@ -154,6 +154,19 @@ def test_two_processes_train_as_one_does_and_one_continues_their_run(tmp_path):
         assert_same_run(folder, together)
 
 
+def test_two_processes_continue_a_preconditioned_run(tmp_path):
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    flags = FAST | {"optimizer": "soap", "steps": STEPS}
+    with Pair(whole, **flags) as pair:
+        pair.finish()
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / str(STEPS))
+    with Pair(again, "--resume", **flags) as pair:
+        pair.finish()
+    assert [r["step"] for r in plot.read(again) if r["kind"] == "resume"] == [MIDDLE]
+    assert losses(again) == losses(whole)
+
+
 def run_until(step, folder, *more):
     """Two processes, of which one gets a signal after a step; the last step."""
     with Pair(folder, *more, **FAST) as pair:

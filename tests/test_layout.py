@@ -8,7 +8,13 @@ import pytest
 from flax import nnx
 
 from optax_matrix import _paths
-from optax_matrix._layout import MatrixLayout, tree_map, view
+from optax_matrix._layout import (
+    FittedLayout,
+    MatrixLayout,
+    blocked,
+    tree_map,
+    view,
+)
 from tests import flax_models as models
 
 MuonDimensionNumbers = optax.contrib.MuonDimensionNumbers
@@ -172,7 +178,29 @@ def test_sum_expand_and_size_agree_with_the_matrices(name, inputs, outputs):
             np.testing.assert_allclose(got_mean[k], want / size, rtol=1e-6)
 
 
-def test_a_sum_of_a_split_side_has_one_entry_a_block():
+@cases
+def test_max_is_that_of_each_matrix(name):
+    shape, spec, by_hand = CASES[name]
+    x = arange(shape)
+    fitted = view(shape, spec)
+    largest = jnp.broadcast_to(fitted.expand(fitted.max(x)), shape)
+    for matrices, got in zip(
+        by_hand(np.asarray(x)), fitted.to_stacks(largest), strict=True
+    ):
+        for k, matrix in enumerate(matrices):
+            np.testing.assert_array_equal(got[k], matrix.max())
+    assert view((0, 3)).max(jnp.ones((0, 3))).item() == 0
+
+
+def test_blocks_are_cut_from_the_front_and_the_last_one_is_smaller():
+    fitted = view((5, 10), MatrixLayout(split_outputs=(7, 3)))
+    cut = blocked(fitted, 3)
+    assert cut.input_widths == (3, 2)
+    assert cut.output_widths == (3, 3, 1, 3)
+    assert blocked(fitted, 10) == fitted
+
+
+def test_a_sum_of_a_split_side_has_one_entry_per_block():
     x = arange((2, 5, 8))
     fitted = view(x.shape, MatrixLayout(split_outputs=(4, 2, 2)))
     total = fitted.sum(x)
@@ -348,6 +376,23 @@ def test_shapes_alone_suffice():
     assert shapes(None, tree) == {"a": ((2, 3, 4),)}
     got = jax.eval_shape(lambda t: tree_map(lambda v, x: v.sum(x), None, t), tree)
     assert got["a"].shape == (2, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "int32", "bool"])
+def test_leaves_that_are_not_real_floating_raise_with_their_path(dtype):
+    good, bad = jnp.ones((2, 3)), jnp.ones((2, 3), dtype)
+    fitted = FittedLayout({"a": view((2, 3)), "b/c": view((2, 3))})
+    for layout in (None, {"a": None, "b": None}, fitted):
+        with pytest.raises(TypeError, match=f"got dtype {dtype} at 'b/c'"):
+            tree_map(lambda *_: None, layout, {"a": good, "b": {"c": bad}})
+
+
+def test_boxes_are_kept_or_left_out():
+    boxed = nnx.State({"a": nnx.Param(jnp.ones((2, 3)))})
+    kept = tree_map(lambda v, x: 2 * x, None, boxed)
+    assert jax.tree.structure(kept) == jax.tree.structure(boxed)
+    bare = tree_map(lambda v, x: v.sum(x), None, boxed, keep_boxes=False)
+    assert isinstance(bare["a"], jax.Array) and bare["a"].shape == (1, 1)
 
 
 def test_boxed_and_bare_trees_take_the_same_layouts():

@@ -444,6 +444,47 @@ def test_the_command_line_refuses_a_flag_by_name(given, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "given", "built"),
+    [
+        ("muon", {"momentum": 0.9, "weight_decay": 0.1}, {}),
+        (
+            "muon",
+            {"orthogonalize": {"steps": 12, "coefficients": "track3"}},
+            {"orthogonalize": om.NewtonSchulz(12, coefficients="track3")},
+        ),
+        ("muon", {"orthogonalize": "halley"}, {}),
+        (
+            "kl_soap",
+            {"refresh": 1, "preconditioner": {"max_dim": 40}},
+            {"preconditioner": om.KL(max_dim=40)},
+        ),
+        # The other fields are the optimizer's own.
+        (
+            "distributed_shampoo",
+            {"preconditioner": {"block_size": 16}},
+            {"preconditioner": om.Shampoo(block_size=16, stagger=True)},
+        ),
+    ],
+)
+def test_settings_are_json(optimizer, given, built):
+    flags = ["--optimizer", optimizer, "--settings", json.dumps(given)]
+    config = configs.from_command_line([*flags, "--out", "none"])
+    assert config.settings == given  # what metrics.jsonl records
+    assert configs.optimizer_settings(config) == given | built
+    assert train.make_optimizer(config)
+
+
+def test_settings_that_an_optimizer_does_not_have_are_named():
+    for settings, message in [
+        ({"preconditioner": {"stagger": True}}, "unexpected .* 'preconditioner'"),
+        ({"orthogonalize": {"step": 3}}, "unexpected keyword argument 'step'"),
+    ]:
+        config = dataclasses.replace(SMALL, optimizer="muon", settings=settings)
+        with pytest.raises(TypeError, match=message):
+            train.make_optimizer(config)
+
+
 def test_settings_cannot_replace_the_learning_rate():
     config = dataclasses.replace(SMALL, settings={"learning_rate": 0.1})
     with pytest.raises(TypeError, match="multiple values for argument 'learning_rate'"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pydoc
+import shutil
 
 import jax
 import numpy as np
@@ -113,6 +114,34 @@ def test_preconditioners_train_as_on_one_device(optimizer, axes):
     assert matrices
     for leaf in matrices:
         assert len({str(s.index) for s in leaf.addressable_shards}) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optimizer", "axes"),
+    [("soap", "auto"), ("soap", "explicit"), ("distributed_shampoo", "auto")],
+)
+def test_a_preconditioned_run_continues_on_another_mesh(optimizer, axes, tmp_path):
+    settings = {"refresh": 2, "preconditioner": {"stagger": True}}
+    config = configs.resolve(dataclasses.replace(
+        SMALL, optimizer=optimizer, lr=None, settings=settings, width=48, steps=8,
+        val_every=8, checkpoint_every=4, out=str(tmp_path / "whole"), mesh_axes=axes,
+    ))  # fmt: skip
+    whole = train.train_on(sharding.make_mesh("data=2,fsdp=4", axes), config)
+    want = [r["loss"] for r in whole["records"] if r["kind"] == "train"]
+    # On the first, matrices of one shape are in two stacks instead of one.
+    meshes = {"fsdp=4,tensor=2": 8, "data=2,fsdp=2": 4, "fsdp=2": 2, "data=1": 1}
+    for sizes, devices in meshes.items():
+        folder = tmp_path / sizes
+        shutil.copytree(tmp_path / "whole", folder)
+        shutil.rmtree(folder / "checkpoints" / "8")
+        mesh = sharding.make_mesh(sizes, axes, jax.devices()[:devices])
+        changed = dataclasses.replace(config, out=str(folder), resume=True)
+        records = train.train_on(mesh, changed)["records"]
+        assert [r["step"] for r in records if r["kind"] == "resume"] == [4]
+        found = [r["loss"] for r in records if r["kind"] == "train"]
+        # Four steps after the checkpoint, with sums in another order.
+        np.testing.assert_allclose(found, want, rtol=1e-5, err_msg=sizes)
 
 
 def test_a_whole_run_on_explicit_axes(one_device, capsys):

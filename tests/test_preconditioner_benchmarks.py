@@ -47,6 +47,21 @@ def test_seconds_of_whole_steps_are_measured():
 
 
 @pytest.mark.slow
+def test_memory_is_that_of_the_formulas_by_optimizer_and_dtype():
+    found = preconditioners.memory("tiny")
+    bytes_per_number = {
+        "muon": (1, 4),
+        "soap": (6, 4),
+        "soap, both in bfloat16": (6, 2),
+    }
+    for name, (arrays, size) in bytes_per_number.items():
+        entry = found[name]["kinds"]["attn/q/kernel"]
+        # Two moments and two matrices per side, all 128×128, and a few counters.
+        extra = entry["state"] / entry["leaves"] - arrays * 128 * 128 * size
+        assert 0 <= extra < 32
+
+
+@pytest.mark.slow
 def test_every_place_of_a_cycle_is_measured(tmp_path):
     measured = preconditioners.measure(TINY, cycles=2, cycle=10, refreshes=[1, 10])
     rows = measured["rows"]

@@ -1,4 +1,4 @@
-"""Every Python block of the README and docs/ runs, one namespace a file."""
+"""Every Python block of the README and docs/ runs, with one namespace per page."""
 
 import json
 import pathlib
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from benchmarks import (
-    collectives,
     nanogpt_seconds,
     nanogpt_sweep,
     preconditioners,
@@ -26,15 +25,17 @@ def test_python_blocks_run(page):
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
     namespace: dict = {}
     try:
-        for block in blocks:
-            exec(compile(block, str(page), "exec"), namespace)
+        with jax.numpy_rank_promotion("allow"):  # as for users
+            for block in blocks:
+                exec(compile(block, str(page), "exec"), namespace)
     finally:
         # A page may set a mesh for good, as a training script does.
         jax.set_mesh(jax.sharding.Mesh(np.empty((), dtype=object), ()))
     if page.name == "README.md":
         assert len(blocks) >= 4
         params, tx = namespace["params"], namespace["tx"]
-        assert tx.init(params)  # the first block's result is in use
+        assert namespace["losses"][-1] < namespace["losses"][0]
+        assert tx.init(params)
         for name in ("halley", "gentle", "fused"):
             namespace[name].init(params)
         weights = {"embed": {"weight": jnp.ones((9, 4))}}
@@ -61,23 +62,11 @@ def test_the_speeds_are_those_of_the_raw_results():
     assert f"{small} as fast on the 36 matrices" in text
     assert f"{large} on the 72 of width 768" in text
     small, large = (speed(size, "ours, Halley") for size in ("gpt-384", "gpt-768"))
-    number = small.removesuffix(" times")
-    assert f"updates differ, {number} and {large}" in text
-    assert f"instead of {number} " in text
-
-
-def test_the_table_is_that_of_the_raw_results():
-    text = (ROOT / "README.md").read_text()
-    (path,) = set(re.findall(r"\((benchmarks/results/nanogpt\S+?\.json)\)", text))
-    assert nanogpt_sweep.table(ROOT / path) in text
+    assert f"updates differ, {small.removesuffix(' times')} and {large}" in text
 
 
 def test_the_tables_of_the_docs_are_those_of_the_raw_results():
-    text = (ROOT / "docs" / "sharding.md").read_text()
     results = ROOT / "benchmarks" / "results"
-    tables = collectives.table(results / "collectives_2026-11-22.json")
-    for table in tables.split("\n\n"):
-        assert table in text
     text = (ROOT / "benchmarks" / "README.md").read_text()
     for name in ("gpt384_2026-11-22", "2026-11-22"):
         assert step_time.table(results / f"step_time_{name}.json").strip() in text

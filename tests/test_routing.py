@@ -810,8 +810,10 @@ def test_partition_on_linen():
     assert_marks(updates, params)
     assert set(state.inner_states) == {"matrix", "auxiliary"}
     assert seen[0] == seen[1]
-    assert seen[0]["lm_head"]["kernel"] == optax.MaskedNode()
-    assert seen[0]["layers"]["up"]["kernel"] == MatrixLayout()
+    assert seen[0].views.keys() == matrices(params).keys()
+    up = params["layers"]["up"]["kernel"]
+    want = _layout.view(up.shape, None, "layers/up/kernel")
+    assert seen[0].views["layers/up/kernel"] == want
 
 
 # Optax's own Adam and `MultiSteps` mix integers with floats.

@@ -1,14 +1,15 @@
-"""How one device goes through its matrices, and the rules that choose."""
+"""How one device works on its matrices, and how the backend changes that."""
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import optax_matrix as om
 from benchmarks import hlo
-from optax_matrix._placement import rules
-from optax_matrix._placement.stacks import UNROLLED, over_matrices
+from optax_matrix._placement import map_stack, map_stacks, stack_size
+from optax_matrix._placement.stacks import UNROLLED
 from tests import problems
 
 SHAPES = {"a": (8, 16), "b": (16, 8), "c": (5, 8, 16), "d": (20, 8, 16), "e": (4, 4)}
@@ -18,15 +19,15 @@ def trees(seed=0):
     return {k: problems.normal(s, seed + i) for i, (k, s) in enumerate(SHAPES.items())}
 
 
-@pytest.mark.parametrize("stack_size", [2, 7, 1000])
-def test_stacks_equal_the_loop(stack_size):
+@pytest.mark.parametrize("size", [2, 7, 1000])
+def test_stacks_equal_the_loop(size):
     tree = trees()
 
     def run(size):
         tx = om.orthogonalize(placement=om.Placement(stack_size=size))
         return jax.jit(tx.update)(tree, tx.init(tree))[0]
 
-    chex.assert_trees_all_close(run(stack_size), run(1), atol=1e-5)
+    chex.assert_trees_all_close(run(size), run(1), atol=1e-5)
 
 
 def test_empty_leaves_stay_as_they_are():
@@ -34,7 +35,8 @@ def test_empty_leaves_stay_as_they_are():
     tx = om.orthogonalize("exact")
     got, _ = jax.jit(tx.update)(tree, tx.init(tree))
     chex.assert_trees_all_close(got, tree, atol=1e-6)
-    assert len(om.describe_placement(tree, routing=lambda p, x: True).groups) == 1
+    cost = om.describe_placement(tree, backend="cpu", routing=lambda p, x: True)
+    assert [group.shape for group in cost.groups] == [(3, 3)]
 
 
 def test_fn_sees_the_stacks_it_should():
@@ -46,14 +48,14 @@ def test_fn_sees_the_stacks_it_should():
 
     arrays = [jnp.ones((3, 2, 4)), jnp.ones((1, 2, 4)), jnp.ones((3, 2, 4))]
     for size, wanted in {
-        1: {(2, 4)},
-        4: {(4, 2, 4), (3, 2, 4)},
-        7: {(7, 2, 4)},
-        100: {(7, 2, 4)},
+        1: [(2, 4)],  # traced once for all matrices
+        4: [(4, 2, 4), (3, 2, 4)],
+        7: [(7, 2, 4)],
+        100: [(7, 2, 4)],
     }.items():
         seen.clear()
-        done = over_matrices(fn, arrays, size)
-        assert set(seen) == wanted
+        done = map_stacks(fn, arrays, size)
+        assert seen == wanted
         chex.assert_trees_all_equal(done, [2 * x for x in arrays])
 
 
@@ -70,73 +72,70 @@ def test_a_long_loop_is_compiled_once_and_a_short_one_unrolled():
     assert dots(UNROLLED + 1) == (one, 1)
 
 
+@pytest.mark.parametrize("count", [1, UNROLLED, UNROLLED + 1])
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_trees_of_every_matrix_are_mapped_in_stacks(count, size):
+    x = problems.normal((count, 2, 3))
+    scales, traced = {"by": jnp.arange(count, dtype=jnp.float32)}, []
+
+    def fn(matrix, scale):
+        traced.append(matrix)
+        assert matrix.shape == (2, 3) and scale["by"].shape == ()
+        return {"scaled": matrix * scale["by"], "norm": jnp.linalg.norm(matrix)}
+
+    got = jax.jit(lambda *trees: map_stack(fn, trees, size))(x, scales)
+    # Once, and again for the rest that does not fill a stack.
+    assert len(traced) <= 2
+    want = np.asarray(x) * np.arange(count)[:, None, None]
+    np.testing.assert_allclose(got["scaled"], want, rtol=1e-6)
+    norms = np.linalg.norm(np.asarray(x), axis=(1, 2))
+    np.testing.assert_allclose(got["norm"], norms, rtol=1e-6)
+
+
 def test_on_cpu_matrices_are_looped_over_and_elsewhere_stacked(monkeypatch):
-    assert rules.stack_size(64, 64) == 1
+    assert stack_size(64, 64) == stack_size(64, 64, backend="cpu") == 1
     for backend in ("gpu", "tpu"):
+        assert stack_size(1024, 4096, backend=backend) == 16
+        assert stack_size(2**14, 2**14, backend=backend) == 1
         monkeypatch.setattr(jax, "default_backend", lambda name=backend: name)
-        assert rules.stack_size(1024, 4096) == 16
-        assert rules.stack_size(2**14, 2**14) == 1
-    assert rules.exchange_size(1024, 1024, 4) == 256
-    assert rules.exchange_size(2**15, 2**15, 4) == 1
+        assert stack_size(1024, 4096) == 16
+        assert stack_size(1024, 4096, backend="cpu") == 1
 
 
-def even(parts):
-    """FLOPs of a part, and bytes that grow with the number of parts."""
-    return 8_000 // parts, 100 * (parts - 1)
+# Of a 384 x 1536 matrix by Newton-Schulz in five steps, in products of 384 x 384
+# matrices, of which a long one is worth 4. On a GPU and a TPU products of float32 are
+# rounded (TF32, bfloat16), so the Gram form starts afresh after two and after four
+# steps: three times the two long products, and three products less per restart.
+ONE_BLOCK = 2 * 4 + 5 + 3 * 4
+THREE_BLOCKS = 3 * 2 * 4 + 5 + 3 * 2
 
 
 @pytest.mark.parametrize(
-    "count, devices, parts",
+    "precision, backend, products",
     [
-        (16, 8, 1),  # they go round
-        (39, 8, 1),  # 40 / 39 is even enough
-        (1, 8, 8),
-        (4, 8, 2),
-        (12, 8, 2),
-        (3, 8, 8),  # two of each on six devices would be 4 / 3
-        (11, 8, 2),  # 12 / 11
-        (5, 8, 8),
-        (3, 6, 2),
-        (3, 7, 7),
+        (None, "cpu", ONE_BLOCK),
+        (None, "gpu", THREE_BLOCKS),
+        (None, "tpu", THREE_BLOCKS),
+        ("highest", "cpu", ONE_BLOCK),
+        ("highest", "gpu", ONE_BLOCK),
+        ("highest", "tpu", ONE_BLOCK),
     ],
 )
-def test_parts_are_the_fewest_bytes_for_an_even_split(count, devices, parts):
-    assert rules.parts(count, devices, even, 0.0) == parts
+def test_costs_are_those_of_the_backend_that_is_named(precision, backend, products):
+    params = {"kernel": jax.ShapeDtypeStruct((384, 1536), "float32")}
+    method = om.NewtonSchulz(precision=precision)
+    cost = om.describe_placement(params, method, backend=backend, routing="matrix")
+    assert cost.totals["flops"] == products * 2 * 384**3
 
 
-def test_whole_matrices_stay_whole_where_that_is_even_enough():
-    def fewer_bytes(parts):
-        return 8_000 // parts, 100 // parts
-
-    assert rules.parts(39, 8, fewer_bytes, 0.0) == 1
-    # Nor is there anything to share where nothing is multiplied.
-    assert rules.parts(1, 8, lambda parts: (0, 100 // parts), 0.0) == 1
-    assert rules.parts(1, 8, lambda parts: (0, 100 // parts), 1000.0) == 1
-
-
-def test_parts_are_no_more_than_fit():
-    # Three in eight parts each are three parts for a device, in four parts two.
-    assert rules.parts(3, 8, even, 0.0, most=3) == 8
-    assert rules.parts(3, 8, even, 0.0, most=2) == 2
-    assert rules.parts(3, 8, even, 0.0, most=0) == 2
-
-
-def test_parts_that_cannot_be_even_are_the_best_there_are():
-    def repeated(parts):
-        return 6_000 + 2_000 // parts, 100 * (parts - 1)
-
-    assert rules.parts(1, 8, repeated, 0.0) == 8
-    assert rules.parts(4, 8, repeated, 0.0) == 2
-    # More parts than fit would be repeated more often on a device.
-    assert rules.parts(5, 8, repeated, 0.0) == 1
-
-
-@pytest.mark.parametrize(
-    "flops_per_byte, parts", [(0, 8), (1, 8), (6, 4), (30, 2), (50, 1)]
-)
-def test_parts_are_fewer_the_dearer_a_byte(flops_per_byte, parts):
-    # 8,000, 4,000, 2,000 and 1,000 FLOPs for 0, 100, 300 and 700 bytes.
-    assert rules.parts(1, 8, even, flops_per_byte) == parts
+def test_the_backend_must_be_named():
+    params = {"kernel": jax.ShapeDtypeStruct((4, 8), "float32")}
+    with pytest.raises(TypeError, match="'backend'"):
+        om.describe_placement(params)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(
+        ValueError, match="`backend` must be one of 'cpu', 'gpu', 'tpu'"
+    ):
+        om.describe_placement(params, backend="cuda")
 
 
 def test_four_to_one_takes_little_more_than_half_the_plain_flops():

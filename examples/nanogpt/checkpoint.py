@@ -11,8 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import orbax.checkpoint as ocp
 
+import optax_matrix as om
 from examples.nanogpt import processes, sharding
 
 # In every checkpoint: the digests of its other files, in the format of `sha256sum`.
@@ -62,7 +65,11 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=2, enable_async_checkpointing=False
             )
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+            self._manager = ocp.CheckpointManager(
+                self._folder,
+                item_handlers=ocp.StandardCheckpointHandler(),
+                options=options,
+            )
 
     def __bool__(self) -> bool:
         return self._manager is not None
@@ -105,14 +112,12 @@ class Checkpoints:
         """
         if not self._manager:
             return 0, like
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         problems: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             problem = _damage(self._folder / str(step))
             # Restoring is collective, so all processes must skip the same checkpoints.
             if not processes.largest(bool(problem)):
-                args = ocp.args.StandardRestore(abstract)
-                state: Any = self._manager.restore(step, args=args)
+                state = self._read(step, like)
                 problem = _non_finite(state.params)
                 if not problem:
                     for skipped in problems:
@@ -127,6 +132,24 @@ class Checkpoints:
                 "`--overwrite` instead of `--resume`"
             )
         return 0, like
+
+    def _read(self, step: int, like: Any) -> Any:
+        """Returns the state saved after `step`, with the shardings of `like`.
+
+        A preconditioner's state has one row per matrix, and `numbers` for the order of
+        the rows, which depends on the mesh. Such a state is read in the shapes that
+        were saved, and then rearranged.
+        """
+        assert self._manager
+        preconditioned = optax.tree.get_all_with_path(like, "numbers")
+        if not preconditioned:
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+            args = ocp.args.StandardRestore(abstract)
+            return self._manager.restore(step, args=args)
+        shapes = self._manager.metadata(step).item_metadata.tree  # type: ignore
+        host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+        args = ocp.args.StandardRestore(host)
+        return om.relay_state(self._manager.restore(step, args=args), like)
 
     def hint(self) -> str:
         """Returns the command that continues this run."""

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import typing
@@ -94,8 +95,8 @@ class Config:
     )
     settings: dict[str, Any] = flag(  # noqa: RUF009 (copied for each instance)
         {},
-        "further arguments of the optimizer, as a JSON object: "
-        "'{\"weight_decay\": 0.1}'",
+        "further arguments of the optimizer, as a JSON object, such as "
+        '{"refresh": 5, "preconditioner": {"stagger": true}}',
     )
     steps: int = flag(250, "optimizer steps")
     batch_size: int = flag(16, "sequences per step, over all devices and micro-batches")
@@ -252,6 +253,23 @@ def resolve(config: Config) -> Config:
             f"`distributed`; got {which} and distributed={config.distributed}"
         )
     return config
+
+
+def optimizer_settings(config: Config) -> dict[str, Any]:
+    """Returns the settings with objects of `optax_matrix` built from JSON objects.
+
+    `preconditioner` changes fields of the optimizer's default, such as `SOAP()`, and
+    `orthogonalize` has the fields of `NewtonSchulz`.
+    """
+    settings = dict(config.settings)
+    fields = settings.get("preconditioner")
+    parameters = inspect.signature(om.OPTIMIZERS[config.optimizer]).parameters
+    if isinstance(fields, dict) and "preconditioner" in parameters:
+        default = parameters["preconditioner"].default
+        settings["preconditioner"] = dataclasses.replace(default, **fields)
+    if isinstance(settings.get("orthogonalize"), dict):
+        settings["orthogonalize"] = om.NewtonSchulz(**settings["orthogonalize"])
+    return settings
 
 
 def compute_dtype(config: Config) -> str:

@@ -8,7 +8,6 @@ python -m examples.nanogpt.train --help
 """
 
 import dataclasses
-import inspect
 import signal
 import sys
 import time
@@ -75,10 +74,9 @@ def make_optimizer(
       placement: Shardings of the parameters, for optimizers that need whole matrices.
     """
     config = configs.resolve(config)
-    settings: dict[str, Any] = dict(config.settings)
+    settings = configs.optimizer_settings(config)
     if config.optimizer in om.MATRIX_OPTIMIZERS:
         settings.setdefault("auxiliary_learning_rate", schedule(config.aux_lr, config))
-    if "placement" in inspect.signature(om.OPTIMIZERS[config.optimizer]).parameters:
         settings.setdefault("placement", placement)
     rate = schedule(config.lr, config)
     optimizer = om.make_optimizer(config.optimizer, rate, **settings)

@@ -1,4 +1,4 @@
-"""Polar factors, roots and eigenbases as pure functions on arrays (..., m, n)."""
+"""Polar factors, roots and eigenbases: pure functions on arrays (..., m, n)."""
 
 from optax_matrix._linalg.coefficients import (
     TABLES,
@@ -7,7 +7,12 @@ from optax_matrix._linalg.coefficients import (
 )
 from optax_matrix._linalg.eigenbases import eigenbasis, power_product, q_factor
 from optax_matrix._linalg.exact import exact_polar
-from optax_matrix._linalg.halley import halley, halley_flops, halley_weights
+from optax_matrix._linalg.halley import (
+    halley,
+    halley_flops,
+    halley_weights,
+    spd_inverse,
+)
 from optax_matrix._linalg.newton_schulz import (
     block_gain,
     gram_factor,
@@ -16,48 +21,33 @@ from optax_matrix._linalg.newton_schulz import (
     newton_schulz_flops,
     restart_points,
 )
-from optax_matrix._linalg.numerics import (
-    WHOLE,
-    Parts,
-    Traffic,
-    at_least_float32,
-    traffic,
-)
+from optax_matrix._linalg.numerics import at_least_float32
 from optax_matrix._linalg.polar import (
     Exact,
     Halley,
     NewtonSchulz,
-    PartwiseMethod,
     PolarMethod,
     as_method,
 )
 from optax_matrix._linalg.roots import (
-    Eigen,
     Root,
     RootMethod,
-    decomposed,
     inverse_root_by_newton,
     power_by_eigh,
 )
 
 __all__ = [
     "TABLES",
-    "WHOLE",
     "CoefficientTable",
-    "Eigen",
     "Exact",
     "Halley",
     "NewtonSchulz",
-    "Parts",
-    "PartwiseMethod",
     "PolarMethod",
     "Root",
     "RootMethod",
-    "Traffic",
     "as_method",
     "at_least_float32",
     "block_gain",
-    "decomposed",
     "eigenbasis",
     "exact_polar",
     "gram_factor",
@@ -73,5 +63,5 @@ __all__ = [
     "q_factor",
     "resolve",
     "restart_points",
-    "traffic",
+    "spd_inverse",
 ]

@@ -151,7 +151,8 @@ class CoefficientTable:
 def _as_rows(rows: Sequence[Sequence[float]], name: str) -> Rows:
     """Returns `rows` as a tuple of float triples; errors mention `name`."""
     try:
-        triples = tuple(tuple(float(v) for v in row) for row in rows)
+        # The sum is so that "1.5" is not parsed.
+        triples = tuple(tuple(float(0.0 + v) for v in row) for row in rows)
     except TypeError:
         triples = ()
     if not triples or not all(len(t) == 3 and all(map(isfinite, t)) for t in triples):

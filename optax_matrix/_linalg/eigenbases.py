@@ -1,10 +1,9 @@
-"""Eigenbases of symmetric matrices: from nothing, and followed from step to step."""
+"""Eigenbases of symmetric matrices, from scratch or by power steps."""
 
 import jax.numpy as jnp
 from jax import Array
 
 from optax_matrix._linalg import numerics
-from optax_matrix._linalg.numerics import WHOLE, Parts
 
 
 def eigenbasis(a: Array) -> Array:
@@ -21,24 +20,19 @@ def eigenbasis(a: Array) -> Array:
     return jnp.where(_finite(a), q, jnp.nan)
 
 
-def power_product(
-    a: Array, q: Array, sort: bool = True, parts: Parts = WHOLE
-) -> tuple[Array, Array]:
-    """Multiplies a basis by A: a step of orthogonal iteration, but for `q_factor`.
-
-    A Q, its columns ordered by the Rayleigh quotients qᵀAq that they had before.
+def power_product(a: Array, q: Array, sort: bool = True) -> tuple[Array, Array]:
+    """Multiplies a basis by A: one step of orthogonal iteration before `q_factor`.
 
     Args:
       a: (..., m, m), symmetric.
       q: (..., m, m), orthogonal.
-      sort: Whether to order the columns.
-      parts: Among whom the product is shared; all have A and Q, and get the result.
+      sort: Whether to order the columns of AQ by the Rayleigh quotients qᵀAq of the
+        columns of Q, largest first.
 
     Returns:
-      The product, and the (..., m) positions that its columns had in `q`.
+      AQ, and the (..., m) positions that its columns had in `q`.
     """
-    product = jnp.matmul(parts.own(a), q, precision="highest")
-    product = parts.gather(product, a.shape[-1])
+    product = jnp.matmul(a, q, precision="highest")
     order = jnp.broadcast_to(jnp.arange(q.shape[-1]), (*q.shape[:-2], q.shape[-1]))
     if sort:
         order = jnp.argsort(-jnp.sum(q * product, axis=-2), axis=-1)
@@ -52,5 +46,5 @@ def q_factor(x: Array) -> Array:
 
 
 def _finite(a: Array) -> Array:
-    """Which matrices are: factorizations of 1×1 and diagonal ones do not show it."""
+    """Returns which matrices are finite: a factorization may not show it."""
     return jnp.all(jnp.isfinite(a), axis=(-2, -1), keepdims=True)

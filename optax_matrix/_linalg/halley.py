@@ -5,11 +5,10 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import DTypeLike
+from jax.lax import linalg as lax_linalg
 
 from optax_matrix._linalg import numerics
-from optax_matrix._linalg.inverse import inverse_flops, inverse_traffic, spd_inverse
-from optax_matrix._linalg.numerics import WHOLE, Parts, Precision, Traffic
+from optax_matrix._linalg.numerics import Precision
 
 
 def halley_weights(lower_bound: float) -> tuple[float, float, float]:
@@ -40,7 +39,6 @@ def halley(
     steps: int = 1,
     dtype: np.dtype | None = None,
     precision: Precision = None,
-    parts: Parts | None = None,
 ) -> Array:
     r"""Moves every singular value towards 1 by one or more rational maps.
 
@@ -63,12 +61,9 @@ def halley(
       steps: Number of maps, at least 1; two map [ℓ, 1] into
         [0.96, 1] for ℓ = 1e-3 and into [0.995, 1] for 1e-2.
       dtype: Type of the products, float32 or float64; None is float64 for float64 and
-        else float32.
+        float32 otherwise.
       precision: Of the matmuls. Lower than ``"highest"`` can make I + cA indefinite,
         and then the factorization gives NaN.
-      parts: None for whole matrices. Otherwise `x` is one part of each matrix, cut
-        across the last axis, which is the longer side of the whole. Parts sum the Gram
-        matrices, and share the factorization and the columns of the inverse.
 
     Returns:
       (..., m, n) in the dtype of `x`. A zero matrix gives zero; one with a NaN or Inf
@@ -92,21 +87,20 @@ def halley(
     numerics.check_matrix(x)
     if x.size == 0:
         return x
-    tall = parts is None and numerics.is_tall(x)
-    parts = parts or WHOLE
-    y = numerics.unit_peak(numerics.transpose(x) if tall else x, parts)
+    tall = numerics.is_tall(x)
+    y = numerics.unit_peak(numerics.transpose(x) if tall else x)
     y = y.astype(numerics.compute_dtype(x, dtype))
 
     scale = jnp.ones((), y.dtype)
     for step in range(steps):
-        gram = numerics.gram(y, precision, parts)
+        gram = numerics.gram(y, precision)
         if step == 0:
             square = numerics.frobenius(gram)
             gram, scale = gram / square, numerics.inverse_root(square)
         a, b, c = halley_weights(lower_bound)
         eye = numerics.eye_like(gram)
-        inverse = spd_inverse(eye + c * gram, precision, parts)
-        # The scale on the small factor rather than on y: a pass less over y.
+        inverse = spd_inverse(eye + c * gram, precision)
+        # Scale the small factor instead of y: one pass over y fewer.
         factor = (b / c * eye + (a - b / c) * inverse) * scale
         y, scale = jnp.matmul(factor, y, precision=precision), 1.0
         square = lower_bound * lower_bound
@@ -115,37 +109,39 @@ def halley(
     return (numerics.transpose(y) if tall else y).astype(x.dtype)
 
 
-def halley_flops(m: int, n: int, steps: int, parts: int = 1) -> int:
-    """Returns the FLOPs of one m×n matrix, or of a part of it.
+def halley_flops(m: int, n: int, steps: int) -> int:
+    """Returns the FLOPs of one m×n matrix.
 
-    A step is two rectangular products, 2m²n each for m ≤ n, and the inverse of the
-    small side, see `inverse_flops`: 10/3 m³ for a whole matrix.
+    For m ≤ n a step takes two rectangular products, 2m²n each, and the inverse of the
+    small side: a Cholesky factorization, m³/3, a triangular solve, m³, and a product,
+    2m³.
 
     Args:
       m: One side.
-      n: The other.
+      n: The other side.
       steps: Number of steps.
-      parts: In how many the longer side is cut.
 
     Returns:
       FLOPs, counting a multiply-add as two.
     """
     m, n = min(m, n), max(m, n)
-    return steps * (4 * m * m * -(-n // parts) + inverse_flops(m, parts))
+    return steps * (4 * m * m * n + m**3 // 3 + 3 * m**3)
 
 
-def halley_traffic(m: int, n: int, steps: int, parts: int, dtype: DTypeLike) -> Traffic:
-    """Returns what the parts of one matrix tell one another.
+def spd_inverse(a: Array, precision: Precision) -> Array:
+    """Returns the inverse of symmetric positive definite matrices, by Cholesky.
 
-    A Gram matrix and an inverse a step.
+    A⁻¹ = L⁻ᵀL⁻¹ with A = LLᵀ: a product is faster than a second triangular solve.
 
     Args:
-      m: One side.
-      n: The other.
-      steps: Number of steps.
-      parts: In how many the longer side is cut.
-      dtype: Of the products.
+      a: A, (..., m, m); only its lower triangle is read.
+      precision: The precision of the product.
+
+    Returns:
+      (..., m, m); all NaN where A is not positive definite.
     """
-    gram = numerics.traffic(min(m, n), 1, 0, parts, dtype)
-    inverse = inverse_traffic(min(m, n), parts, dtype)
-    return Traffic(*(steps * sum(pair) for pair in zip(gram, inverse, strict=True)))
+    lower = lax_linalg.cholesky(a, symmetrize_input=False)
+    half = lax_linalg.triangular_solve(
+        lower, numerics.eye_like(a), left_side=True, lower=True
+    )
+    return jnp.matmul(numerics.transpose(half), half, precision=precision)

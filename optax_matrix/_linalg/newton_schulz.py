@@ -1,17 +1,15 @@
 """Newton-Schulz orthogonalization, on the matrix or on its Gram matrix."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import DTypeLike
 
 from optax_matrix._linalg import numerics
 from optax_matrix._linalg.coefficients import Normalization, Row
-from optax_matrix._linalg.numerics import WHOLE, Parts, Precision, Traffic
+from optax_matrix._linalg.numerics import Precision
 
 Method = Literal["auto", "plain", "gram"]
 
@@ -60,16 +58,11 @@ def restart_points(rows: Sequence[Row], gain: float) -> tuple[int, ...]:
 
 
 def newton_schulz_flops(
-    m: int,
-    n: int,
-    steps: int,
-    restarts: int | None = None,
-    parts: int = 1,
-    cubic: int = 0,
+    m: int, n: int, steps: int, restarts: int | None = None, cubic: int = 0
 ) -> int:
-    """Returns the matmul FLOPs of one m×n matrix, or of a part of it.
+    """Returns the matmul FLOPs of one m×n matrix.
 
-    With ``rect = 2m²n`` and ``small = 2m³``: the plain iteration costs
+    With ``rect = 2m²n`` and ``small = 2m³`` for m ≤ n, the plain iteration costs
     ``steps (2 rect + small)``. In Gram form each of ``k = restarts + 1`` blocks costs
     two rectangular products (forming R, applying Q), each step one small product for
     R², and each step but the first of a block three more (one for Q, two for R).
@@ -77,38 +70,36 @@ def newton_schulz_flops(
 
     Args:
       m: One side.
-      n: The other.
+      n: The other side.
       steps: Number of steps.
       restarts: Number of restarts of the Gram form; None for the plain iteration.
-      parts: In how many the longer side is cut; each has its rows of small products.
-      cubic: How many steps have c = 0.
+      cubic: Number of steps with c = 0.
 
     Returns:
       FLOPs, counting a multiply-add as two.
     """
     m, n = min(m, n), max(m, n)
-    rect, small = 2 * m * m * -(-n // parts), 2 * m * m * -(-m // parts)
+    rect, small = 2 * m * m * n, 2 * m**3
     if restarts is None:
         return steps * (2 * rect + small) - cubic * small
     blocks = restarts + 1
     return 2 * blocks * rect + (steps - cubic + 3 * (steps - blocks)) * small
 
 
-def gram_is_cheaper(m: int, n: int, steps: int, restarts: int, parts: int = 1) -> bool:
-    """Whether Gram Newton-Schulz takes fewer FLOPs than the plain iteration.
+def gram_is_cheaper(m: int, n: int, steps: int, restarts: int) -> bool:
+    """Returns whether the Gram form takes fewer FLOPs than the plain iteration.
 
-    By `newton_schulz_flops`; it comes down to ``2n > 3m`` for the smaller side m of a
-    whole matrix, unless every step is a block of its own and the two cost the same.
+    By `newton_schulz_flops`; it comes down to ``2n > 3m`` for the smaller side m,
+    unless every step is a block of its own and the two cost the same.
 
     Args:
       m: One side.
-      n: The other.
+      n: The other side.
       steps: Number of steps.
       restarts: Number of restarts of the Gram form.
-      parts: In how many the longer side is cut.
     """
-    gram = newton_schulz_flops(m, n, steps, restarts, parts)
-    return gram < newton_schulz_flops(m, n, steps, parts=parts)
+    gram = newton_schulz_flops(m, n, steps, restarts)
+    return gram < newton_schulz_flops(m, n, steps)
 
 
 def newton_schulz(
@@ -119,7 +110,6 @@ def newton_schulz(
     method: Method = "auto",
     dtype: np.dtype | None = None,
     precision: Precision = None,
-    parts: Parts | None = None,
 ) -> Array:
     r"""Moves every singular value towards 1 by odd quintics, by matmuls alone.
 
@@ -143,15 +133,12 @@ def newton_schulz(
       rows: Coefficients, first applied first; see `coefficients.resolve`.
       normalization: ``"frobenius"`` divides by ‖X‖; ``"schatten4"`` by the tighter
         ‖XXᵀ‖^{1/2}; ``"aol"`` row i (of the wide orientation) by (Σⱼ|XXᵀ|ᵢⱼ)^{1/2}. The
-        last two take no product more, as the first step uses XXᵀ.
+        last two need no additional product, as the first step uses XXᵀ.
       method: ``"plain"``, ``"gram"``, or ``"auto"`` for the one with fewer FLOPs.
-      dtype: Type of the products; None is float64 for float64 and else float32.
-      precision: Of the matmuls. None is JAX's default, which for float32 means TF32 on
-        recent NVIDIA GPUs and bfloat16 passes on TPU; enough for an optimizer, not to
-        see the two methods agree to float32 rounding.
-      parts: None for whole matrices. Otherwise `x` is one part of each matrix, cut
-        across the last axis, which is the longer side of the whole. Parts sum the Gram
-        matrices, and each makes its rows of the products of small matrices.
+      dtype: Dtype of the products; None is float64 for float64 and float32 otherwise.
+      precision: Precision of the matmuls. None is JAX's default, which for float32
+        means TF32 on recent NVIDIA GPUs and bfloat16 passes on TPU; enough for an
+        optimizer, not to see the two methods agree to float32 rounding.
 
     Returns:
       (..., m, n) in the dtype of `x`. A zero matrix gives zero; one with a NaN or Inf
@@ -182,38 +169,37 @@ def newton_schulz(
     numerics.check_matrix(x)
     if x.size == 0:
         return x
-    tall = parts is None and numerics.is_tall(x)
-    parts = parts or WHOLE
-    y = numerics.unit_peak(numerics.transpose(x) if tall else x, parts)
+    tall = numerics.is_tall(x)
+    y = numerics.unit_peak(numerics.transpose(x) if tall else x)
     dtype = numerics.compute_dtype(x, dtype)
     half = jnp.finfo(dtype).bits < 32
     if half:
         # Unscaled, the Gram matrix could overflow float16.
-        y = (y / numerics.frobenius(y, parts)).astype(dtype)
-    gram = numerics.gram(y, precision, parts)
+        y = (y / numerics.frobenius(y)).astype(dtype)
+    gram = numerics.gram(y, precision)
     scale = _scale(gram, normalization)
     gram = (scale * gram * numerics.transpose(scale)).astype(dtype)
     if half:
         y = (scale * y).astype(dtype)
 
-    m, n = y.shape[-2], y.shape[-1] * parts.count
-    restarts = gram_restarts(m, n, rows, method, dtype, precision, parts.count)
+    m, n = y.shape[-2:]
+    restarts = gram_restarts(m, n, rows, method, dtype, precision)
     if restarts is None:
         restarts = tuple(range(1, len(rows)))
 
     starts, stops = (0, *restarts), (*restarts, len(rows))
     for start, stop in zip(starts, stops, strict=True):
         if start:
-            gram = numerics.gram(y, precision, parts)
+            gram = numerics.gram(y, precision)
         block = rows[start:stop]
         if half and len(block) == 1:
             # Adding a to the diagonal of a half-precision Z would round it once more.
-            z = _quadratic(gram, block[0], precision, parts)
+            z = _quadratic(gram, block[0], precision)
             y = block[0][0] * y + jnp.matmul(z, y, precision=precision)
             continue
-        q = gram_factor(gram, block, precision, parts)
+        q = gram_factor(gram, block, precision)
         if not start and not half:
-            # On the small factor rather than on y: a pass less over y.
+            # Scale the small factor instead of y: one pass over y fewer.
             q = q * numerics.transpose(scale)
         y = jnp.matmul(q, y, precision=precision)
     return (numerics.transpose(y) if tall else y).astype(x.dtype)
@@ -226,7 +212,7 @@ def gram_restarts(
     method: Method,
     dtype: np.dtype,
     precision: Precision,
-    parts: int = 1,
+    backend: str | None = None,
 ) -> tuple[int, ...] | None:
     """Returns where the Gram form of a run restarts; None if the run is plain.
 
@@ -234,22 +220,22 @@ def gram_restarts(
       m: One side.
       n: The other.
       rows: Coefficients.
-      method: As asked for; ``"auto"`` is decided here.
-      dtype: Of the products.
-      precision: Of the matmuls.
-      parts: In how many the longer side is cut.
+      method: ``"plain"``, ``"gram"``, or ``"auto"`` to choose the cheaper one.
+      dtype: The dtype of the products.
+      precision: The precision of the matmuls.
+      backend: The backend that multiplies; None is the default backend of JAX.
     """
     if method == "plain":
         return None
-    gain = block_gain(numerics.rounding(dtype, precision))
+    gain = block_gain(numerics.rounding(dtype, precision, backend))
     restarts = restart_points(rows, gain)
     steps = len(rows)
-    cheaper = gram_is_cheaper(m, n, steps, len(restarts), parts)
+    cheaper = gram_is_cheaper(m, n, steps, len(restarts))
     return restarts if method == "gram" or cheaper else None
 
 
 def _scale(gram: Array, normalization: Normalization) -> Array:
-    """What to multiply X by, (..., 1, 1) or (..., m, 1), given XXᵀ; 0 for zeros."""
+    """Returns the factor of X, (..., 1, 1) or (..., m, 1), given XXᵀ; 0 for zeros."""
     gram = gram.astype(numerics.at_least_float32(gram.dtype))
     if normalization == "frobenius":
         square = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
@@ -260,50 +246,13 @@ def _scale(gram: Array, normalization: Normalization) -> Array:
     return numerics.inverse_root(square)
 
 
-def newton_schulz_traffic(
-    m: int,
-    n: int,
-    rows: Sequence[Row],
-    restarts: Sequence[int] | None,
-    parts: int,
-    dtype: DTypeLike,
-) -> Traffic:
-    """Returns what the parts of one matrix tell one another.
-
-    A sum of the Gram matrix for each block; a gather of R², of R from the second step
-    of a block on, and of its Q unless that took one step. The plain iteration is as
-    blocks of one step each.
-
-    Args:
-      m: One side.
-      n: The other.
-      rows: Coefficients.
-      restarts: Where the Gram form restarts; None for the plain iteration.
-      parts: In how many the longer side is cut.
-      dtype: Of the products.
-    """
-    steps = len(rows)
-    blocks = steps if restarts is None else len(restarts) + 1
-    edges = range(steps) if restarts is None else (0, *restarts)
-    lengths = [b - a for a, b in itertools.pairwise((*edges, steps))]
-    squares = sum(row[2] != 0.0 for row in rows)
-    gathers = squares + steps - blocks + sum(length > 1 for length in lengths)
-    return numerics.traffic(min(m, n), blocks, gathers, parts, dtype)
-
-
-def gram_factor(
-    gram: Array,
-    rows: Sequence[Row],
-    precision: Precision = None,
-    parts: Parts = WHOLE,
-) -> Array:
+def gram_factor(gram: Array, rows: Sequence[Row], precision: Precision = None) -> Array:
     """Returns Q, a polynomial in R = XXᵀ, such that QX is Newton-Schulz run on X.
 
     Args:
       gram: R, (..., m, m), symmetric with eigenvalues in [0, 1].
       rows: Coefficients, first applied first, at least one.
-      precision: Of the matmuls.
-      parts: Among whom the products are shared; all have R, and get Q.
+      precision: The precision of the matmuls.
 
     Returns:
       (..., m, m) in the dtype of `gram`. One call is one block: beyond the first of
@@ -316,24 +265,18 @@ def gram_factor(
         return jnp.matmul(x, y, precision=precision)
 
     def factor(r: Array, row: Row) -> Array:
-        # With a on the diagonal rather than a Y added after ZY: a pass less over Y.
-        return row[0] * numerics.eye_like(r) + _quadratic(r, row, precision, parts)
+        # With a on the diagonal rather than a Y added after ZY: one pass over Y fewer.
+        return row[0] * numerics.eye_like(r) + _quadratic(r, row, precision)
 
-    m = gram.shape[-1]
     r, p = gram, factor(gram, rows[0])
-    if len(rows) == 1:
-        return p
-    q = parts.own(p)
+    q = p
     for row in rows[1:]:
-        r = parts.gather(product(product(parts.own(p), r), p), m)
+        r = product(product(p, r), p)
         p = factor(r, row)
         q = product(q, p)
-    return parts.gather(q, m)
+    return q
 
 
-def _quadratic(r: Array, row: Row, precision: Precision, parts: Parts) -> Array:
+def _quadratic(r: Array, row: Row, precision: Precision) -> Array:
     _, b, c = row
-    if c == 0.0:
-        return b * r
-    square = jnp.matmul(parts.own(r), r, precision=precision)
-    return b * r + c * parts.gather(square, r.shape[-1])
+    return b * r if c == 0.0 else b * r + c * jnp.matmul(r, r, precision=precision)

@@ -1,8 +1,6 @@
-"""What every polar method does first: types, orientation and a safe scale."""
+"""What the polar methods share: dtypes, orientation and a safe scale."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,57 +15,8 @@ Precision = None | jax.lax.Precision | jax.lax.DotAlgorithmPreset
 _MATRIX = (-2, -1)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """How the parts of a matrix, on a device each, are worked on together.
-
-    To orthogonalize it is cut across its last axis, the longer one; a preconditioner
-    has all of it in every part.
-
-    Attributes:
-      count: Number of parts of a matrix.
-      sum: Adds up what the parts found, such as a Gram matrix.
-      max: Takes the largest of what the parts found.
-      own: The rows, of what all parts have, that this part works on: (..., m, k) to
-        (..., ⌈m/count⌉, k), the last ones filled up with zeros.
-      gather: Its inverse, given m: what the parts made of their rows, for all of them.
-    """
-
-    count: int
-    sum: Callable[[Array], Array]
-    max: Callable[[Array], Array]
-    own: Callable[[Array], Array]
-    gather: Callable[[Array, int], Array]
-
-
-WHOLE = Parts(1, lambda x: x, lambda x: x, lambda x: x, lambda x, m: x)
-
-
-class Traffic(NamedTuple):
-    """What the parts of one matrix tell one another.
-
-    Attributes:
-      sums: How many matrices are added up, one after another.
-      gathers: How many are put together from their rows.
-      bytes: What one part receives in all of these, sums running around a ring.
-    """
-
-    sums: int
-    gathers: int
-    bytes: int
-
-
-def traffic(m: int, sums: int, gathers: int, parts: int, dtype: DTypeLike) -> Traffic:
-    """What so many sums and gathers of m×m matrices move between `parts` parts."""
-    row = m * jnp.dtype(dtype).itemsize
-    # A sum passes everything twice, but for each one's own part of it.
-    summed = -(-2 * m * row * (parts - 1) // parts)
-    gathered = -(-m // parts) * row * (parts - 1)
-    return Traffic(sums, gathers, sums * summed + gathers * gathered)
-
-
 def as_dtype(value: DTypeLike | None, allowed: tuple[str, ...]) -> np.dtype | None:
-    """Returns a compute dtype as a hashable `numpy.dtype`; None passes.
+    """Returns a compute dtype as a hashable `numpy.dtype`, or None for None.
 
     Args:
       value: Anything NumPy reads as a dtype, or None.
@@ -88,7 +37,7 @@ def as_dtype(value: DTypeLike | None, allowed: tuple[str, ...]) -> np.dtype | No
 
 
 def as_precision(value: Any) -> Precision:
-    """Returns a matmul precision in hashable form; None passes.
+    """Returns a matmul precision in hashable form, or None for None.
 
     Args:
       value: None, a `jax.lax.Precision` or its name, or a `jax.lax.DotAlgorithmPreset`.
@@ -108,18 +57,23 @@ def as_precision(value: Any) -> Precision:
         ) from None
 
 
-def rounding(dtype: DTypeLike, precision: Precision) -> float:
-    """Returns the relative rounding of one matmul's operands on this backend.
+def rounding(dtype: DTypeLike, precision: Precision, backend: str | None) -> float:
+    """Returns the relative rounding of the operands of one matmul.
 
-    Only the CPU multiplies float32 as float32 at default precision: GPUs take TF32 and
-    TPUs bfloat16. What cannot be told is taken for the coarser.
+    At default precision only the CPU multiplies float32 as float32: GPUs use TF32 and
+    TPUs bfloat16. Where the precision is not known, the coarser one is assumed.
+
+    Args:
+      dtype: The dtype of the operands.
+      precision: The precision of the matmul.
+      backend: ``"cpu"``, ``"gpu"`` or ``"tpu"``; None is the default backend of JAX.
     """
+    backend = backend or jax.default_backend()
     own = float(jnp.finfo(dtype).eps)
     # The configured default has more names than `jax.lax.Precision`.
     default = getattr(jax.config, "jax_default_matmul_precision", None) or "default"
     name = str(default if precision is None else precision.name).lower()
     algorithm = name.endswith(("f16", "f32", "f64")) or "_f32_x" in name
-    backend = jax.default_backend()
     if "highest" in name or name.startswith(("float32", "f32_", "f64_")):
         return own
     if backend == "cpu" and not algorithm:
@@ -150,19 +104,19 @@ def check_matrix(x: Array) -> None:
 
 
 def at_least_float32(dtype: DTypeLike) -> np.dtype:
-    """Returns float64 for float64 and else float32, under any promotion rule."""
+    """Returns float64 for float64 and float32 otherwise, under any promotion rule."""
     return jnp.dtype("float64" if jnp.dtype(dtype) == "float64" else "float32")
 
 
 def compute_dtype(x: Array, dtype: np.dtype | None) -> np.dtype:
-    """Returns `dtype`, or by default float64 for float64 input and float32 for all."""
+    """Returns `dtype`; if None, float64 for float64 input and float32 otherwise."""
     if dtype is not None:
         return dtype
     return at_least_float32(x.dtype)
 
 
 def is_tall(x: Array) -> bool:
-    """Whether the last axis is the smaller one, so that it is the Gram side."""
+    """Returns whether the last axis is the smaller one, which is the Gram side."""
     return x.shape[-2] > x.shape[-1]
 
 
@@ -171,9 +125,9 @@ def transpose(x: Array) -> Array:
     return jnp.swapaxes(x, -2, -1)
 
 
-def gram(x: Array, precision: Precision, parts: Parts = WHOLE) -> Array:
-    """Returns XXᵀ of each matrix, over all its parts."""
-    return parts.sum(jnp.matmul(x, transpose(x), precision=precision))
+def gram(x: Array, precision: Precision) -> Array:
+    """Returns XXᵀ of each matrix."""
+    return jnp.matmul(x, transpose(x), precision=precision)
 
 
 def eye_like(x: Array) -> Array:
@@ -181,24 +135,25 @@ def eye_like(x: Array) -> Array:
     return jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
 
 
-def frobenius(x: Array, parts: Parts = WHOLE) -> Array:
-    """Returns each matrix's Frobenius norm, (..., 1, 1), 1 where it is zero.
+def frobenius(x: Array) -> Array:
+    """Returns the Frobenius norm of each matrix, (..., 1, 1), and 1 where it is zero.
 
-    Twice guarded, so that the gradient at a zero matrix is 0 and not NaN.
+    The root has a guard of its own, so that the gradient at a zero matrix is 0, not
+    NaN.
     """
-    square = parts.sum(jnp.sum(jnp.square(x), axis=_MATRIX, keepdims=True))
+    square = jnp.sum(jnp.square(x), axis=_MATRIX, keepdims=True)
     zero = square == 0
     return jnp.where(zero, 1.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
 
 
-def unit_peak(x: Array, parts: Parts = WHOLE) -> Array:
+def unit_peak(x: Array) -> Array:
     """Scales each matrix to a largest entry of about 1, so that squares are safe.
 
-    In float32 all that follows is the same for inputs from 1e-30 to 1e30.
+    In float32 everything computed from the result is the same for inputs from 1e-30
+    to 1e30.
 
     Args:
       x: (..., m, n).
-      parts: How to reduce over the parts of a matrix.
 
     Returns:
       (..., m, n) in float32, or float64 for float64. A matrix whose largest entry is
@@ -206,9 +161,8 @@ def unit_peak(x: Array, parts: Parts = WHOLE) -> Array:
       to zero), comes out zero; one with a NaN or Inf comes out all NaN.
     """
     x = x.astype(at_least_float32(x.dtype))
-    # Nothing depends on this scale, as the next one cancels it: no gradient through it.
-    peak = jnp.max(jnp.abs(x), axis=_MATRIX, keepdims=True)
-    peak = parts.max(jax.lax.stop_gradient(peak))
+    # The next scale cancels this one, so no gradient needs to pass through it.
+    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=_MATRIX, keepdims=True))
     zero = peak < jnp.finfo(x.dtype).tiny
     # In two halves: XLA may multiply by a reciprocal, and that of 1e38 is flushed to 0.
     root = jnp.sqrt(jnp.where(zero, 1.0, peak))
@@ -216,9 +170,10 @@ def unit_peak(x: Array, parts: Parts = WHOLE) -> Array:
 
 
 def inverse_root(square: Array) -> Array:
-    """Returns 1/√square, and 0 where it is 0.
+    """Returns 1/√square, and 0 where `square` is 0.
 
-    Twice guarded, so that the gradient at a zero matrix is 0 and not NaN.
+    The root has a guard of its own, so that the gradient at a zero matrix is 0, not
+    NaN.
     """
     zero = square == 0
     return jnp.where(zero, 0.0, 1.0 / jnp.sqrt(jnp.where(zero, 1.0, square)))

@@ -1,10 +1,9 @@
-"""How to orthogonalize, as a value: one small frozen object per method."""
+"""Methods of orthogonalization with their settings, one frozen dataclass each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
-import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -18,16 +17,15 @@ from optax_matrix._linalg.coefficients import (
     resolve,
 )
 from optax_matrix._linalg.exact import DECOMPOSITIONS, Decomposition, exact_polar
-from optax_matrix._linalg.halley import halley, halley_flops, halley_traffic
+from optax_matrix._linalg.halley import halley, halley_flops
 from optax_matrix._linalg.newton_schulz import (
     METHODS,
     Method,
     gram_restarts,
     newton_schulz,
     newton_schulz_flops,
-    newton_schulz_traffic,
 )
-from optax_matrix._linalg.numerics import Parts, Precision, Traffic
+from optax_matrix._linalg.numerics import Precision
 
 _FACTORIZABLE = ("float32", "float64")
 _MULTIPLIABLE = ("bfloat16", "float16", *_FACTORIZABLE)
@@ -35,9 +33,16 @@ _MULTIPLIABLE = ("bfloat16", "float16", *_FACTORIZABLE)
 
 @runtime_checkable
 class PolarMethod(Protocol):
-    """Anything that orthogonalizes the last two axes; hashable, and not callable.
+    """A method that orthogonalizes matrices, for `orthogonalize`.
 
-    Not callable, since `optax.inject_hyperparams` takes a callable for a schedule.
+    Any hashable object with a ``polar`` method is one; a frozen dataclass of settings
+    is the usual form. It must not be callable: `optax.inject_hyperparams` takes
+    callables for schedules. Two attributes are optional:
+
+    - ``transposable``: True if ``polar(x.mT)`` equals ``polar(x).mT`` to rounding. Tall
+      and wide matrices may then be stacked together. Missing means False.
+    - ``flops(m, n, dtype, backend)``: the FLOPs of one m×n matrix, which
+      `describe_placement` needs.
     """
 
     def polar(self, x: Array) -> Array:
@@ -45,26 +50,9 @@ class PolarMethod(Protocol):
         ...
 
 
-@runtime_checkable
-class PartwiseMethod(PolarMethod, Protocol):
-    """A method that says what it costs, and works on parts of long matrices."""
-
-    def polar(self, x: Array, parts: Parts | None = None) -> Array:
-        """Returns the polar factor of each matrix, or the same part of it as `x` is."""
-        ...
-
-    def flops(self, m: int, n: int, parts: int = 1) -> int:
-        """Returns the FLOPs of one m×n matrix, or of one of its parts."""
-        ...
-
-    def traffic(self, m: int, n: int, parts: int, dtype: DTypeLike) -> Traffic:
-        """Returns what the parts of one matrix of a dtype tell one another."""
-        ...
-
-
 @dataclass(frozen=True)
 class NewtonSchulz:
-    """Orthogonalizes by Newton-Schulz over a named table or rows of one's own.
+    """Orthogonalizes by Newton-Schulz, with a named coefficient table or your own rows.
 
     Args:
       steps: Number of steps, at least 1; fewer orthogonalize less. None is the table's
@@ -75,11 +63,11 @@ class NewtonSchulz:
         ``"polar_express"`` (None is 1.01) and ``"cans"`` (None is 1, as published;
         that diverges in bfloat16, 1.01 does not).
       normalization: ``"frobenius"``, ``"schatten4"`` or ``"aol"``; None is the one the
-        table was made for, Frobenius for rows of one's own.
-      dtype: Type of the products: bfloat16, float16, float32 or float64. None is
-        float64 for float64 input and else float32.
-      precision: Of the matmuls: None, ``"default"``, ``"high"``, ``"highest"`` or a
-        `jax.lax.DotAlgorithmPreset`. None is JAX's default.
+        table was made for, and ``"frobenius"`` for your own rows.
+      dtype: Dtype of the products: bfloat16, float16, float32 or float64. None is
+        float64 for float64 input and float32 otherwise.
+      precision: Precision of the matmuls: None, ``"default"``, ``"high"``,
+        ``"highest"`` or a `jax.lax.DotAlgorithmPreset`. None is JAX's default.
 
     Raises:
       ValueError: If an argument is not one of the above.
@@ -104,7 +92,7 @@ class NewtonSchulz:
     precision: Precision | str = None
 
     def __post_init__(self) -> None:
-        """Checks the arguments and stores them in hashable form."""
+        """Checks the arguments and stores them in a hashable form."""
         rows = self.rows
         if not isinstance(self.coefficients, str):
             # As given, not resolved, so that `dataclasses.replace` can change `steps`.
@@ -116,62 +104,75 @@ class NewtonSchulz:
 
     @property
     def rows(self) -> Rows:
-        """The coefficients of the run, one row a step."""
+        """The coefficients of the run, one row per step."""
         return resolve(self.coefficients, self.steps, self.safety)
 
-    def polar(self, x: Array, parts: Parts | None = None) -> Array:
+    @property
+    def transposable(self) -> bool:
+        """Whether ``polar(x.mT)`` is ``polar(x).mT``; AOL rescales one side only."""
+        return self._normalization != "aol"
+
+    def polar(self, x: Array) -> Array:
         """Orthogonalizes each matrix of (..., m, n); see `newton_schulz`."""
-        normalization = self.normalization
-        if normalization is None and isinstance(self.coefficients, str):
-            normalization = TABLES[self.coefficients].normalization
         return newton_schulz(
             x,
             self.rows,
-            normalization=normalization or "frobenius",
+            normalization=self._normalization,
             method=self.method,
             dtype=numerics.as_dtype(self.dtype, _MULTIPLIABLE),
             precision=numerics.as_precision(self.precision),
-            parts=parts,
         )
 
-    def flops(self, m: int, n: int, parts: int = 1) -> int:
-        """FLOPs of one m×n matrix or of a part of it; see `newton_schulz_flops`."""
-        points = self._restarts(m, n, parts, None)
-        restarts = None if points is None else len(points)
+    def flops(
+        self,
+        m: int,
+        n: int,
+        dtype: DTypeLike = "float32",
+        backend: str | None = None,
+    ) -> int:
+        """Returns the FLOPs of one m×n matrix; see `newton_schulz_flops`.
+
+        Args:
+          m: One side.
+          n: The other side.
+          dtype: The dtype of the matrix.
+          backend: ``"cpu"``, ``"gpu"`` or ``"tpu"``: the rounding of its products
+            decides how often the Gram form restarts. None is JAX's default backend.
+        """
         rows = self.rows
+        points = gram_restarts(
+            m,
+            n,
+            rows,
+            self.method,
+            numerics.as_dtype(self.dtype, _MULTIPLIABLE)
+            or numerics.at_least_float32(dtype),
+            numerics.as_precision(self.precision),
+            backend,
+        )
+        restarts = None if points is None else len(points)
         cubic = sum(row[2] == 0.0 for row in rows)
-        return newton_schulz_flops(m, n, len(rows), restarts, parts, cubic)
+        return newton_schulz_flops(m, n, len(rows), restarts, cubic)
 
-    def traffic(self, m: int, n: int, parts: int, dtype: DTypeLike) -> Traffic:
-        """What parts of one matrix tell one another; see `newton_schulz_traffic`."""
-        points = self._restarts(m, n, parts, dtype)
-        products = self._dtype(dtype)
-        return newton_schulz_traffic(m, n, self.rows, points, parts, products)
-
-    def _dtype(self, dtype: DTypeLike | None) -> np.dtype:
-        own = numerics.as_dtype(self.dtype, _MULTIPLIABLE)
-        return own or numerics.at_least_float32(dtype or "float32")
-
-    def _restarts(
-        self, m: int, n: int, parts: int, dtype: DTypeLike | None
-    ) -> tuple[int, ...] | None:
-        precision = numerics.as_precision(self.precision)
-        dtype = self._dtype(dtype)
-        return gram_restarts(m, n, self.rows, self.method, dtype, precision, parts)
+    @property
+    def _normalization(self) -> Normalization:
+        if self.normalization is None and isinstance(self.coefficients, str):
+            return TABLES[self.coefficients].normalization
+        return self.normalization or "frobenius"
 
 
 @dataclass(frozen=True)
 class Halley:
-    """Orthogonalizes by Halley's rational iteration; two large products a step.
+    """Orthogonalizes by Halley's rational iteration, two large products per step.
 
     Args:
       lower_bound: ℓ, in (0, 1]: the smallest singular value that matters, relative to
         the Schatten-4 norm. Its float32 error grows as it falls: 1e-5, 2e-4 and 4e-3
         at 1e-2, 1e-3 and 1e-4.
       steps: Number of steps, at least 1.
-      dtype: Type of the products: float32 or float64. None is float64 for float64 input
-        and else float32.
-      precision: Of the matmuls, as in `NewtonSchulz`.
+      dtype: Dtype of the products: float32 or float64. None is float64 for float64
+        input and float32 otherwise.
+      precision: Precision of the matmuls, as in `NewtonSchulz`.
 
     Raises:
       ValueError: If an argument is not one of the above.
@@ -187,13 +188,14 @@ class Halley:
     See `halley.halley` for the mathematics, cost and references.
     """
 
+    transposable: ClassVar[bool] = True
     lower_bound: float = 1e-3
     steps: int = 1
     dtype: DTypeLike | None = None
     precision: Precision | str = "highest"
 
     def __post_init__(self) -> None:
-        """Checks the arguments and stores them in hashable form."""
+        """Checks the arguments and stores them in a hashable form."""
         bound = self.lower_bound
         _check.static_number("lower_bound", bound)
         if not 0.0 < bound <= 1.0:
@@ -201,7 +203,7 @@ class Halley:
         _check.static_int("steps", self.steps, 1)
         _store_types(self, self.dtype, self.precision, _FACTORIZABLE)
 
-    def polar(self, x: Array, parts: Parts | None = None) -> Array:
+    def polar(self, x: Array) -> Array:
         """Orthogonalizes each matrix of (..., m, n); see `halley`."""
         return halley(
             x,
@@ -209,29 +211,30 @@ class Halley:
             steps=self.steps,
             dtype=numerics.as_dtype(self.dtype, _FACTORIZABLE),
             precision=numerics.as_precision(self.precision),
-            parts=parts,
         )
 
-    def flops(self, m: int, n: int, parts: int = 1) -> int:
-        """FLOPs of one m×n matrix or of a part of it; see `halley_flops`."""
-        return halley_flops(m, n, self.steps, parts)
-
-    def traffic(self, m: int, n: int, parts: int, dtype: DTypeLike) -> Traffic:
-        """What the parts of one matrix tell one another; see `halley_traffic`."""
-        own = numerics.as_dtype(self.dtype, _FACTORIZABLE)
-        found = own or numerics.at_least_float32(dtype)
-        return halley_traffic(m, n, self.steps, parts, found)
+    def flops(
+        self,
+        m: int,
+        n: int,
+        dtype: DTypeLike = "float32",
+        backend: str | None = None,
+    ) -> int:
+        """Returns the FLOPs of one m×n matrix, on any backend; see `halley_flops`."""
+        del dtype, backend
+        return halley_flops(m, n, self.steps)
 
 
 @dataclass(frozen=True)
 class Exact:
-    """Orthogonalizes by SVD or eigendecomposition: slow, for reference and tests.
+    """Orthogonalizes exactly, by SVD or eigendecomposition; slow, for reference and
+    tests.
 
     Args:
       method: ``"svd"``, or ``"eigh"`` of the smaller Gram matrix.
-      dtype: Type of the decomposition: float32 or float64. None is float64 for float64
-        input and else float32.
-      precision: Of the matmuls, as in `NewtonSchulz`.
+      dtype: Dtype of the decomposition: float32 or float64. None is float64 for float64
+        input and float32 otherwise.
+      precision: Precision of the matmuls, as in `NewtonSchulz`.
 
     Raises:
       ValueError: If an argument is not one of the above.
@@ -246,12 +249,13 @@ class Exact:
     See `exact.exact_polar` for the mathematics, cost and references.
     """
 
+    transposable: ClassVar[bool] = True
     method: Decomposition = "svd"
     dtype: DTypeLike | None = None
     precision: Precision | str = "highest"
 
     def __post_init__(self) -> None:
-        """Checks the arguments and stores them in hashable form."""
+        """Checks the arguments and stores them in a hashable form."""
         _check.one_of("method", self.method, DECOMPOSITIONS)
         _store_types(self, self.dtype, self.precision, _FACTORIZABLE)
 
@@ -269,24 +273,32 @@ _NAMED = {"newton_schulz": NewtonSchulz, "halley": Halley, "exact": Exact}
 
 
 def as_method(value: str | PolarMethod) -> PolarMethod:
-    """Returns the method a name stands for; a method passes.
+    """Returns the method of a name, or the method itself.
 
     Args:
-      value: ``"newton_schulz"``, ``"halley"`` or ``"exact"``, each with its defaults,
-        or an object with a ``polar`` method.
+      value: ``"newton_schulz"``, ``"halley"`` or ``"exact"`` with default settings, or
+        an object with a ``polar`` method.
 
     Raises:
       ValueError: If the name is unknown.
-      TypeError: If `value` is neither a name nor a method, or is a class.
+      TypeError: If `value` is neither a name nor a method, or is a class, or is not
+        hashable.
     """
     if isinstance(value, str):
-        _check.one_of("method", value, tuple(_NAMED))
+        _check.one_of("orthogonalize", value, tuple(_NAMED))
         return _NAMED[value]()
     if isinstance(value, type) or not isinstance(value, PolarMethod):
         raise TypeError(
-            "`method` must be a name or an object with a `polar` method, such as "
-            f"`NewtonSchulz()`, got {value!r}."
+            f"`orthogonalize` must be one of {', '.join(map(repr, _NAMED))}, or an "
+            f"object with a `polar` method such as `NewtonSchulz()`, got {value!r}."
         )
+    try:
+        hash(value)
+    except TypeError:
+        raise TypeError(
+            "`orthogonalize` must be hashable, as a frozen dataclass is, got "
+            f"{value!r}."
+        ) from None
     return value
 
 
@@ -296,6 +308,6 @@ def _store_types(
     precision: Precision | str,
     allowed: tuple[str, ...],
 ) -> None:
-    """Stores dtype and precision in hashable form on a frozen instance."""
+    """Stores dtype and precision in a hashable form on a frozen instance."""
     object.__setattr__(method, "dtype", numerics.as_dtype(dtype, allowed))
     object.__setattr__(method, "precision", numerics.as_precision(precision))

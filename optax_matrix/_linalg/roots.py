@@ -1,4 +1,4 @@
-"""Powers of symmetric positive semidefinite matrices, as preconditioners take them."""
+"""Powers of symmetric positive semidefinite matrices, for preconditioners."""
 
 from typing import Literal, NamedTuple
 
@@ -8,20 +8,20 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from optax_matrix._linalg import numerics
-from optax_matrix._linalg.numerics import WHOLE, Parts
 
 RootMethod = Literal["eigh", "newton"]
 
-# Of the coupled iteration: a small eigenvalue grows by (1 + 1/p)^p >= 2 a step, so that
-# 1e-12 of the largest has arrived in 40 steps, and converges in a few more.
+# The limit of the coupled iteration: a small eigenvalue grows by (1 + 1/p)^p >= 2 per
+# step, so one of 1e-12 of the largest reaches it in 40 steps and converges in a few
+# more.
 _MAX_STEPS = 60
-# Of the estimate of the largest eigenvalue, which damping is a small multiple of.
+# The estimate of the largest eigenvalue, of which damping is a small multiple.
 _POWER_STEPS = 32
 _STARTS = 4
 
 
 class Root(NamedTuple):
-    """A power of a matrix, and how far off it is.
+    """A power of a matrix and its error.
 
     Attributes:
       value: (..., m, m).
@@ -32,21 +32,7 @@ class Root(NamedTuple):
     residual: Array
 
 
-class Eigen(NamedTuple):
-    """Eigenvalues, ascending, (..., m), and their eigenvectors, columns (..., m, m)."""
-
-    values: Array
-    vectors: Array
-
-
-def decomposed(a: Array) -> Eigen:
-    """Returns the eigendecomposition of (..., m, m), symmetric."""
-    return Eigen(*jnp.linalg.eigh(_symmetric(a), symmetrize_input=False))
-
-
-def power_by_eigh(
-    a: Array, eigen: Eigen, exponent: float, damping: ArrayLike, parts: Parts = WHOLE
-) -> Root:
+def power_by_eigh(a: Array, exponent: float, damping: ArrayLike) -> Root:
     r"""Returns a power of damped matrices by their eigendecomposition.
 
     With A = Q diag(w) Qᵀ,
@@ -55,28 +41,27 @@ def power_by_eigh(
 
     Args:
       a: (..., m, m), symmetric positive semidefinite, float32 or float64.
-      eigen: `decomposed` of it.
       exponent: p, any number.
       damping: ε, relative to the largest eigenvalue.
-      parts: Among whom the products are shared; all have A, and get the result.
 
     Returns:
-      The power, and max |A Q - Q diag(w)| relative to the largest eigenvalue. A zero
-      matrix gives zero, whatever p.
+      The power, and max |A Q - Q diag(w)| relative to the largest eigenvalue. The power
+      of a zero matrix is zero for every p.
     """
-    a, (w, q) = _symmetric(a), eigen
+    a = _symmetric(a)
+    w, q = jnp.linalg.eigh(a, symmetrize_input=False)
     top = jnp.maximum(w[..., -1:], 0)
     lifted = jnp.maximum(w, 0) + jnp.asarray(damping, a.dtype) * top
     zero = lifted == 0
     powers = jnp.where(zero, 0, jnp.where(zero, 1, lifted) ** exponent)
-    rows = parts.own(q)
-    off = jnp.matmul(parts.own(a), q, precision="highest") - rows * w[..., None, :]
-    residual = parts.max(jnp.max(jnp.abs(off), axis=(-2, -1)))
-    residual = residual / jnp.where(top == 0, 1, top)[..., 0]
-    value = jnp.matmul(
-        rows * powers[..., None, :], numerics.transpose(q), precision="highest"
+    off = jnp.matmul(a, q, precision="highest") - q * w[..., None, :]
+    residual = (
+        jnp.max(jnp.abs(off), axis=(-2, -1)) / jnp.where(top == 0, 1, top)[..., 0]
     )
-    return Root(parts.gather(value, a.shape[-1]), residual)
+    value = jnp.matmul(
+        q * powers[..., None, :], numerics.transpose(q), precision="highest"
+    )
+    return Root(value, residual)
 
 
 def _symmetric(a: Array) -> Array:
@@ -84,7 +69,7 @@ def _symmetric(a: Array) -> Array:
 
 
 def inverse_root_by_newton(a: Array, p: int, damping: ArrayLike) -> Root:
-    r"""Returns A^{-1/p} of damped matrices by coupled Newton iteration, matmuls only.
+    r"""Returns A^{-1/p} of damped matrices by the coupled Newton iteration.
 
     On A + ε λ I, with λ the largest eigenvalue by power iteration, and c the Frobenius
     norm of that,
@@ -154,10 +139,10 @@ def inverse_root_by_newton(a: Array, p: int, damping: ArrayLike) -> Root:
 
 
 def _largest(a: Array) -> Array:
-    """The largest eigenvalue to a few percent, (..., 1, 1), by power iteration.
+    """Returns the largest eigenvalue to a few percent, (..., 1, 1), by power iteration.
 
-    From several random vectors, always the same: one alone can be orthogonal to what
-    is looked for.
+    It starts from several random vectors, always the same ones: a single vector can be
+    orthogonal to the leading eigenvector.
     """
     shape = (*a.shape[:-1], _STARTS)
     v = jax.random.normal(jax.random.key(0), shape, a.dtype)
@@ -174,7 +159,7 @@ def _largest(a: Array) -> Array:
 
 
 def _whole_power(t: Array, p: int) -> Array:
-    """tᵖ by repeated squaring."""
+    """Returns tᵖ by repeated squaring."""
     result = None
     while p:
         if p % 2:

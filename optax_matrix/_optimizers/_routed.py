@@ -1,151 +1,129 @@
-"""What all matrix optimizers share: who takes the leaves that are not matrices."""
+"""What all matrix optimizers share: routing, and the arguments that go with it."""
 
+import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, get_args
+import textwrap
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import optax
 
-from optax_matrix import (
-    _check,
-    _layout,
-    _linalg,
-    _placement,
-    _routing,
-    _transforms,
-)
+from optax_matrix import _check, _layout, _routing
+from optax_matrix._transforms import _arguments
 
-Auxiliary = optax.GradientTransformation | Mapping[str, Any] | None
+P = ParamSpec("P")
+T = TypeVar("T")
+
+COMMON = """\
+weight_decay: :math:`\\lambda`, not negative, or a schedule: decoupled decay of the
+  hidden matrices.
+weight_decay_mask: Which hidden matrices decay, as in `optax.add_decayed_weights`;
+  None is all of them.
+mu_dtype: The dtype of the momentum in the state; None is float32, and float64 for
+  float64 parameters. With SOAP and KL-SOAP also that of the second moment.
+routing: Which leaves are hidden matrices, and which of their axes are inputs and
+  outputs: None for the rules for Flax trees, a function of (path, leaf), or a tree
+  of labels; see `route`. Under `optax.inject_hyperparams` name a function in
+  ``static_args``, because functions are taken for schedules there.
+placement: Where the parameters lie on a mesh with auto axes, and the size of
+  stacks, see `Placement`. None: infer shardings from explicit axes and choose the
+  size of stacks automatically.
+auxiliary: The transformation that trains all other leaves. None: `optax.adamw` with
+  ``b1=0.9, b2=0.95, weight_decay=0``.
+auxiliary_learning_rate: The learning rate of that AdamW, or a schedule. None:
+  ``learning_rate`` times {factor}.
+"""
 
 
 def routed(
     matrix: Callable[[_layout.Layout], optax.GradientTransformation],
-    *,
-    learning_rate: optax.ScalarOrSchedule,
     routing: _routing.Routing,
-    auxiliary: Auxiliary,
+    auxiliary: optax.GradientTransformation | None,
+    learning_rate: optax.ScalarOrSchedule,
+    factor: float,
     auxiliary_learning_rate: optax.ScalarOrSchedule | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`matrix` for the hidden matrices, the auxiliary optimizer for the rest."""
-    _check.in_range("learning_rate", learning_rate, 0.0)
-    _check.in_range("auxiliary_learning_rate", auxiliary_learning_rate, 0.0)
-    rest = _auxiliary(auxiliary, auxiliary_learning_rate, learning_rate)
-    matrix(None)  # The stages check their arguments now, not at `init`.
-    return _routing.partition(matrix, rest, routing)
-
-
-def _auxiliary(
-    auxiliary: Auxiliary,
-    auxiliary_learning_rate: optax.ScalarOrSchedule | None,
-    learning_rate: optax.ScalarOrSchedule,
-) -> optax.GradientTransformation:
-    if isinstance(auxiliary, optax.GradientTransformation):
-        if auxiliary_learning_rate is not None:
-            raise ValueError(
-                "`auxiliary_learning_rate` has no effect on an `auxiliary` that is a "
-                "transformation: give it its learning rate, or pass its settings as "
-                "a dict."
-            )
-        return auxiliary
-    if not isinstance(auxiliary, Mapping | None):
-        raise TypeError(
-            "`auxiliary` must be an optax.GradientTransformation, a dict of settings "
-            f"of optax.adamw, or None, got {auxiliary!r}."
-        )
-    # As in nanoGPT's line of recipes; b2 of 0.999 forgets too slowly for short runs.
-    settings: dict[str, Any] = {"b1": 0.9, "b2": 0.95, "weight_decay": 0.0}
-    given = dict(auxiliary or {})
-    known = set(inspect.signature(optax.adamw).parameters) - {"learning_rate"}
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise ValueError(
-            f"`auxiliary` has settings that optax.adamw does not take: {unknown}. "
-            f"It takes {sorted(known)}; its learning rate is `auxiliary_learning_rate`."
-        )
-    rate = learning_rate if auxiliary_learning_rate is None else auxiliary_learning_rate
-    return optax.adamw(rate, **(settings | given))
-
-
-def momentum_average(
-    momentum: Any, *, nesterov: bool, debias: bool = False
-) -> optax.GradientTransformation:
-    """`ema_momentum`, its decay called by the optimizers' name for it."""
-    _check.in_range("momentum", momentum, 0.0, 1.0)
-    return _transforms.ema_momentum(momentum, nesterov=nesterov, debias=debias)
-
-
-def orthogonalized(
-    method: str | _linalg.PolarMethod,
-    layout: _layout.Layout,
-    placement: _placement.Placement | None,
-) -> optax.GradientTransformation:
-    """`orthogonalize`, its method called by the optimizers' name for it."""
-    if isinstance(method, str):
-        _check.one_of("orthogonalize", method, ("newton_schulz", "halley", "exact"))
-    return _transforms.orthogonalize(method, layout=layout, placement=placement)
-
-
-def settings_of(
-    transform: Callable[..., optax.GradientTransformation],
-    given: Mapping[str, Any] | None,
-    taken: Collection[str],
-) -> dict[str, Any]:
-    """Further settings of a transform, checked against what it takes.
+    """Gives the hidden matrices to `matrix` and all other leaves to the auxiliary.
 
     Args:
-      transform: The transform.
-      given: What the user gave as `preconditioner`.
-      taken: What the optimizer has arguments for itself.
+      matrix: Returns the optimizer of the matrices, given their layout.
+      routing: See `_routing.partition`.
+      auxiliary: The auxiliary optimizer; None is AdamW.
+      learning_rate: The learning rate of the matrices.
+      factor: The default learning rate of AdamW over that of the matrices.
+      auxiliary_learning_rate: The learning rate of AdamW; None is the default.
     """
-    if not isinstance(given, Mapping | None):
-        raise TypeError(
-            f"`preconditioner` must be a dict of settings of {transform.__name__}, or "
-            f"None, got {given!r}."
-        )
-    known = set(inspect.signature(transform).parameters) - {"layout", *taken}
-    unknown = sorted(set(given or {}) - known)
-    if unknown:
-        raise ValueError(
-            f"`preconditioner` has settings that it does not take: {unknown}. Those of "
-            f"{transform.__name__} that are left are {sorted(known)}."
-        )
-    return dict(given or {})
+    _check.in_range("auxiliary_learning_rate", auxiliary_learning_rate, 0.0)
+    matrix(None)  # The stages check their arguments now, not at `init`.
+    if auxiliary is None:
+        rate = auxiliary_learning_rate
+        rate = scaled(learning_rate, factor) if rate is None else rate
+        # As in nanoGPT and its successors; 0.999 forgets too slowly for short runs.
+        auxiliary = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.0)
+    else:
+        _arguments.transformation("auxiliary", auxiliary)
+        if auxiliary_learning_rate is not None:
+            raise ValueError(
+                "`auxiliary_learning_rate` is that of the default auxiliary optimizer "
+                "and has no effect on `auxiliary`. Pass it to `auxiliary` itself."
+            )
+    return _routing.partition(matrix, auxiliary, routing)
 
 
-def check_second_moment(b2: Any, eps: Any) -> None:
-    """The stages would say `decay`."""
-    _check.in_range("b2", b2, 0.0, 1.0)
-    _check.in_range("eps", eps, 0.0, low_open=True)
+def scaled(
+    learning_rate: optax.ScalarOrSchedule, factor: float
+) -> optax.ScalarOrSchedule:
+    """Returns a learning rate or a schedule times a factor."""
+    if callable(learning_rate):
+        return lambda count: factor * learning_rate(count)
+    return factor * learning_rate
 
 
-def decayed(weight_decay: Any) -> optax.GradientTransformation:
-    """Decoupled weight decay; nothing, and no need of parameters, for a plain 0."""
-    _check.in_range("weight_decay", weight_decay, 0.0)
-    if isinstance(weight_decay, int | float) and weight_decay == 0:
-        return optax.identity()
-    return optax.add_decayed_weights(weight_decay)
+def check_rates(learning_rate: Any, weight_decay: Any, **second_moments: Any) -> None:
+    """Checks the arguments for stages of Optax, which do not check them."""
+    schedulable = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    for name, value in schedulable.items():
+        if not callable(value):
+            _arguments.number(name, value, 0.0)
+    for name, value in second_moments.items():
+        high, open_ = (float("inf"), True) if name == "eps" else (1.0, False)
+        _arguments.number(name, value, 0.0, high, low_open=open_)
 
 
-def shaped(
-    rule: _transforms.ShapeScale | None, layout: _layout.Layout
-) -> optax.GradientTransformation:
-    """The factor of the shape; nothing for None."""
-    _check.one_of("shape_scale", rule, (None, *get_args(_transforms.ShapeScale)))
-    if rule is None:
-        return optax.identity()
-    return _transforms.scale_by_shape(rule, layout=layout)
+def documented(factor: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Writes the common arguments into a docstring, at a line ``<common arguments>``.
+
+    Args:
+      factor: What `auxiliary_learning_rate` defaults to, as a factor.
+    """
+
+    def decorate(factory: Callable[P, T]) -> Callable[P, T]:
+        if factory.__doc__:  # None under python -OO
+            # Python 3.13 removes the indentation, earlier versions keep it.
+            doc = inspect.cleandoc(factory.__doc__)
+            text = textwrap.indent(COMMON.replace("{factor}", factor), "  ")
+            factory.__doc__ = doc.replace("  <common arguments>\n", text)
+        return factory
+
+    return decorate
 
 
-def rms_matched(rms: Any, layout: _layout.Layout) -> optax.GradientTransformation:
-    """Entries of a given RMS; nothing for None."""
-    _check.in_range("rms", rms, 0.0, low_open=True)
-    if rms is None:
-        return optax.identity()
-    return _transforms.match_rms(rms, layout=layout)
+def preset(
+    factory: Callable[P, T], **defaults: Any
+) -> Callable[[Callable[[], None]], Callable[P, T]]:
+    """Makes a function like `factory`, with other defaults and its own docstring."""
 
+    def decorate(definition: Callable[[], None]) -> Callable[P, T]:
+        def made(*args: Any, **settings: Any) -> Any:
+            return factory(*args, **(defaults | settings))
 
-def adam_direction(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
-    """Adam's update before the learning rate, its settings checked."""
-    _check.in_range("b1", b1, 0.0, 1.0)
-    check_second_moment(b2, eps)
-    return _transforms.wide_statistics(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
+        signature = inspect.signature(factory)
+        parameters = [
+            parameter.replace(default=defaults.get(name, parameter.default))
+            for name, parameter in signature.parameters.items()
+        ]
+        made = functools.wraps(definition)(made)
+        vars(made)["__signature__"] = signature.replace(parameters=parameters)
+        return made
+
+    return decorate

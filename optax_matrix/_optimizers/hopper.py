@@ -1,41 +1,40 @@
 """Hopper and AdaMuon: orthogonalization together with Adam's second moment."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from optax_matrix import (
-    _check,
-    _layout,
-    _linalg,
-    _placement,
-    _routing,
-    _transforms,
-)
+from optax_matrix import _check, _layout, _linalg, _placement, _routing, _transforms
+from optax_matrix._linalg import NewtonSchulz
 from optax_matrix._optimizers import _routed
+from optax_matrix._transforms import _arguments
 
 
+@_routed.documented("1")
 def hopper(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     *,
-    ns_steps: int = 1,
-    placement: _placement.Placement | None = None,
+    momentum: ArrayLike | None = None,
+    nesterov: bool = True,
+    orthogonalize: str | _linalg.PolarMethod | None = NewtonSchulz(1),
     variance: Literal["post", "pre"] = "post",
-    b1: ArrayLike | None = None,
     b2: ArrayLike | None = None,
     eps: ArrayLike = 1e-8,
-    nesterov: bool = True,
     rms: ArrayLike | None = 0.2,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Any = None,
+    mu_dtype: DTypeLike | None = None,
     routing: _routing.Routing = None,
-    auxiliary: _routed.Auxiliary = None,
+    placement: _placement.Placement | None = None,
+    auxiliary: optax.GradientTransformation | None = None,
     auxiliary_learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Hopper: variance normalization and a single Newton-Schulz step.
+    r"""Hopper: a single Newton-Schulz step and variance normalization.
 
-    With :math:`k` = ``ns_steps`` and :math:`U` the momentum of `muon`, the order
-    ``"post"`` takes the second moment of what Newton-Schulz returns,
+    With :math:`\operatorname{NS}_k` = ``orthogonalize``, one Newton-Schulz step by
+    default, and :math:`U` the momentum of `muon`, ``variance="post"`` takes the second
+    moment of the orthogonalized update,
 
     .. math::
       O = \operatorname{NS}_k(U), \quad V \leftarrow \beta_2 V + (1 - \beta_2) O^2,
@@ -49,98 +48,95 @@ def hopper(
 
     What was published of Hopper is "variance and ``ns_steps=1``"; the betas, the scale
     and the order were not, so this is an interpretation with both orders. ``"post"``
-    with 5 steps is `adamuon` without its sign; ``"pre"`` with 0 steps and ``rms=None``
-    is `optax.adam`. One Newton-Schulz step returns a norm near 3.4 whatever the size
-    of the matrix, five one that grows with the root of its smaller side; matching the
-    RMS evens that out: without it a comparison over ``ns_steps`` compares step sizes.
+    with `NewtonSchulz` of five steps is `adamuon` without its sign; ``"pre"`` with
+    ``orthogonalize=None`` and ``rms=None`` is `optax.adam`. One Newton-Schulz step
+    returns a norm near 3.4 for every size of matrix, five steps return one that grows
+    with the root of the smaller side. Matching the RMS removes this difference; without
+    it, a comparison over the number of steps compares step sizes.
 
     Args:
-      learning_rate: :math:`\eta`; with ``rms=0.2`` those of AdamW fit.
-      ns_steps: :math:`k`, at least 0 (which leaves the stage out), of the ``"jordan"``
-        table. It fixes the program: under `optax.inject_hyperparams` name it in
-        ``static_args``.
-      placement: See `muon`.
+      learning_rate: :math:`\eta`, not negative, or a schedule; with ``rms=0.2``,
+        AdamW's learning rates fit.
+      momentum: Decay of the momentum, in [0, 1). None: 0.95 for ``"post"`` (Muon's),
+        0.9 for ``"pre"`` (Adam's).
+      nesterov: Whether the momentum of ``"post"`` looks ahead; ``"pre"`` uses Adam's,
+        which does not.
+      orthogonalize: See `muon`; ``NewtonSchulz(k)`` for k steps, None for none.
       variance: The order, ``"post"`` or ``"pre"``.
-      b1: Decay of the momentum, in [0, 1). None: 0.95 for ``"post"`` (Muon's), 0.9 for
-        ``"pre"`` (Adam's).
       b2: :math:`\beta_2`, in [0, 1). None: 0.95 for ``"post"`` (AdaMuon's), 0.999 for
         ``"pre"`` (Adam's).
       eps: :math:`\epsilon`, positive.
-      nesterov: Whether the momentum of ``"post"`` looks ahead; ``"pre"`` is Adam, which
-        does not.
-      rms: :math:`\rho`, the RMS of the entries of each matrix's update before the
-        learning rate; None leaves its size as it comes.
-      weight_decay: :math:`\lambda`, not negative, decoupled, on the hidden matrices.
-      routing: See `muon`.
-      auxiliary: See `muon`.
-      auxiliary_learning_rate: See `muon`.
+      rms: :math:`\rho`, positive: the RMS of the entries of each matrix's update before
+        the learning rate. None disables RMS matching.
+      <common arguments>
 
     Returns:
-      An optimizer. Its state is two float32 arrays a hidden matrix.
+      An optimizer. The state is two float32 arrays per hidden matrix, and that of the
+      auxiliary optimizer.
 
     Raises:
-      TypeError: At construction, for a traced ``ns_steps``.
       ValueError: As `muon`.
+      TypeError: As `muon`.
 
     References:
       Wei, 2026, "Hopper: the optimizer that learns parallelism 2x faster than Adam"
       (article). Si et al., 2025, `arXiv:2507.11005
       <https://arxiv.org/abs/2507.11005>`_.
     """
-    _check.static_int("ns_steps", ns_steps, 0)
     _check.one_of("variance", variance, ("post", "pre"))
-    post = variance == "post"
-    b1 = (0.95 if post else 0.9) if b1 is None else b1
-    b2 = (0.95 if post else 0.999) if b2 is None else b2
-    _check.in_range("b1", b1, 0.0, 1.0)
-    _routed.check_second_moment(b2, eps)
-
-    def orthogonalized(layout: _layout.Layout) -> optax.GradientTransformation:
-        if ns_steps == 0:
-            return optax.identity()
-        return _transforms.orthogonalize_newton_schulz(
-            ns_steps, layout=layout, placement=placement
-        )
+    if variance == "post":
+        momentum = 0.95 if momentum is None else momentum
+        b2 = 0.95 if b2 is None else b2
+    else:
+        momentum = 0.9 if momentum is None else momentum
+        b2 = 0.999 if b2 is None else b2
+    _routed.check_rates(learning_rate, weight_decay, momentum=momentum, b2=b2, eps=eps)
+    mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
+    adam = optax.scale_by_adam(b1=momentum, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
     def direction(layout: _layout.Layout) -> optax.GradientTransformation:
-        if post:
-            return optax.chain(
-                _transforms.ema_momentum(b1, nesterov=nesterov),
-                orthogonalized(layout),
-                _transforms.scale_by_variance(b2, eps=eps),
-            )
-        return optax.chain(_routed.adam_direction(b1, b2, eps), orthogonalized(layout))
+        polar = _transforms.orthogonalize(
+            orthogonalize, layout=layout, placement=placement
+        )
+        if variance == "pre":
+            return optax.chain(_transforms.float32_statistics(adam), polar)
+        return optax.chain(
+            _transforms.ema_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype),
+            polar,
+            _transforms.scale_by_variance(b2, eps=eps),
+        )
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(
-            direction(layout), _step(learning_rate, rms, weight_decay, layout)
+            direction(layout),
+            _transforms.match_rms(rms, layout=layout),
+            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            optax.scale_by_learning_rate(learning_rate),
         )
 
-    return _routed.routed(
-        matrix,
-        learning_rate=learning_rate,
-        routing=routing,
-        auxiliary=auxiliary,
-        auxiliary_learning_rate=auxiliary_learning_rate,
-    )
+    rates = (learning_rate, 1.0, auxiliary_learning_rate)
+    return _routed.routed(matrix, routing, auxiliary, *rates)
 
 
+@_routed.documented("1")
 def adamuon(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     *,
     momentum: ArrayLike = 0.95,
     nesterov: bool = True,
-    orthogonalize: str | _linalg.PolarMethod = "newton_schulz",
-    placement: _placement.Placement | None = None,
+    orthogonalize: str | _linalg.PolarMethod | None = "newton_schulz",
     b2: ArrayLike = 0.95,
     eps: ArrayLike = 1e-8,
-    rms: ArrayLike = 0.2,
-    weight_decay: ArrayLike = 0.0,
+    rms: ArrayLike | None = 0.2,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Any = None,
+    mu_dtype: DTypeLike | None = None,
     routing: _routing.Routing = None,
-    auxiliary: _routed.Auxiliary = None,
+    placement: _placement.Placement | None = None,
+    auxiliary: optax.GradientTransformation | None = None,
     auxiliary_learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdaMuon: the sign of momentum, orthogonalized, with Adam's second moment.
+    r"""AdaMuon: the orthogonalized sign of momentum with Adam's second moment.
 
     With :math:`U` the momentum of `muon`, :math:`\beta_2` = ``b2``,
     :math:`\rho` = ``rms`` and an :math:`m \times n` matrix,
@@ -152,60 +148,44 @@ def adamuon(
       W \leftarrow (1 - \eta\lambda) W - \eta \, \rho \sqrt{mn} \; D / \|D\|_F.
 
     Args:
-      learning_rate: :math:`\eta`; with ``rms=0.2`` those of AdamW fit.
+      learning_rate: :math:`\eta`, not negative, or a schedule; with ``rms=0.2``,
+        AdamW's learning rates fit.
       momentum: See `muon`.
       nesterov: See `muon`.
       orthogonalize: See `muon`.
-      placement: See `muon`.
       b2: :math:`\beta_2`, in [0, 1).
       eps: :math:`\epsilon`, positive.
-      rms: :math:`\rho`, the RMS of the entries of each matrix's update before the
-        learning rate.
-      weight_decay: :math:`\lambda`, not negative, decoupled, on the hidden matrices.
-      routing: See `muon`.
-      auxiliary: See `muon`.
-      auxiliary_learning_rate: See `muon`.
+      rms: :math:`\rho`, positive: the RMS of the entries of each matrix's update before
+        the learning rate. None disables RMS matching.
+      <common arguments>
 
     Returns:
-      An optimizer. Its state is two float32 arrays a hidden matrix.
+      An optimizer. The state is two float32 arrays per hidden matrix, and that of the
+      auxiliary optimizer.
 
     Raises:
       ValueError: As `muon`.
+      TypeError: As `muon`.
 
     References:
-      Si et al., 2025, `arXiv:2507.11005 <https://arxiv.org/abs/2507.11005>`_. No bias
-      correction of :math:`V`, as in the paper: with the RMS matched it would act
-      through :math:`\epsilon` alone.
+      Si et al., 2025, `arXiv:2507.11005 <https://arxiv.org/abs/2507.11005>`_. There is
+      no bias correction of :math:`V`, as in the paper: with the RMS matched it would
+      act through :math:`\epsilon` alone.
     """
-
-    _routed.check_second_moment(b2, eps)
+    _routed.check_rates(learning_rate, weight_decay)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(
-            _routed.momentum_average(momentum, nesterov=nesterov),
-            optax.scale_by_sign(),
-            _routed.orthogonalized(orthogonalize, layout, placement),
+            _transforms.ema_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype),
+            _transforms.scale_by_sign(),
+            _transforms.orthogonalize(
+                orthogonalize, layout=layout, placement=placement
+            ),
             _transforms.scale_by_variance(b2, eps=eps, debias=False),
-            _step(learning_rate, rms, weight_decay, layout),
+            _transforms.match_rms(rms, layout=layout),
+            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            optax.scale_by_learning_rate(learning_rate),
         )
 
-    return _routed.routed(
-        matrix,
-        learning_rate=learning_rate,
-        routing=routing,
-        auxiliary=auxiliary,
-        auxiliary_learning_rate=auxiliary_learning_rate,
-    )
-
-
-def _step(
-    learning_rate: optax.ScalarOrSchedule,
-    rms: ArrayLike | None,
-    weight_decay: ArrayLike,
-    layout: _layout.Layout,
-) -> optax.GradientTransformation:
-    return optax.chain(
-        _routed.rms_matched(rms, layout),
-        _routed.decayed(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    rates = (learning_rate, 1.0, auxiliary_learning_rate)
+    return _routed.routed(matrix, routing, auxiliary, *rates)

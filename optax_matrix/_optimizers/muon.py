@@ -1,27 +1,32 @@
 """Muon and MuonW."""
 
+from typing import Any
+
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _layout, _linalg, _placement, _routing, _transforms
 from optax_matrix._optimizers import _routed
 
 
+@_routed.documented("0.15 (0.02 becomes 3e-3), or 1 with ``shape_scale='rms'``")
 def muon(
     learning_rate: optax.ScalarOrSchedule = 0.02,
     *,
     momentum: ArrayLike = 0.95,
     nesterov: bool = True,
     debias: bool = False,
-    orthogonalize: str | _linalg.PolarMethod = "newton_schulz",
-    placement: _placement.Placement | None = None,
+    orthogonalize: str | _linalg.PolarMethod | None = "newton_schulz",
     shape_scale: _transforms.ShapeScale | None = "spectral",
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Any = None,
+    mu_dtype: DTypeLike | None = None,
     routing: _routing.Routing = None,
-    auxiliary: _routed.Auxiliary = None,
+    placement: _placement.Placement | None = None,
+    auxiliary: optax.GradientTransformation | None = None,
     auxiliary_learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Muon: momentum, orthogonalized, for the hidden matrices of a network.
+    r"""Muon: orthogonalized momentum for the hidden matrices of a network.
 
     With :math:`\eta` = ``learning_rate``, :math:`\beta` = ``momentum``,
     :math:`\lambda` = ``weight_decay``, for each matrix :math:`W` of
@@ -33,10 +38,10 @@ def muon(
       O = \sqrt{\max(1, out/in)} \operatorname{NS}_5(U), \quad
       W \leftarrow (1 - \eta\lambda) W - \eta O.
 
-    There is no bias correction: orthogonalization forgets the scale. The defaults are
-    those of KellerJordan/Muon. ``optax.contrib.muon(lr)`` bias-corrects both terms and
-    trains every 2-D leaf by Muon and the rest by Nesterov Adam; this reproduces it to
-    rounding::
+    There is no bias correction, because orthogonalization removes the scale. The
+    defaults are those of KellerJordan/Muon. ``optax.contrib.muon(lr)`` bias-corrects
+    both terms and trains every 2-D leaf by Muon and the rest by Nesterov Adam; this
+    reproduces it to rounding::
 
         muon(
             lr,
@@ -46,107 +51,69 @@ def muon(
         )
 
     Args:
-      learning_rate: :math:`\eta`, in units of spectral norm per update; a schedule is a
-        function of the step.
+      learning_rate: :math:`\eta`, not negative, in units of spectral norm per update;
+        or a schedule, which is a function of the step.
       momentum: :math:`\beta`, in [0, 1).
-      nesterov: Whether to look ahead; without, :math:`U = M`.
+      nesterov: Whether to look ahead; without it, :math:`U = M`.
       debias: Whether to bias-correct :math:`M` and :math:`G`, see `ema_momentum`.
-      orthogonalize: The stage that orthogonalizes: ``"newton_schulz"`` (five steps of
-        the ``"jordan"`` table), ``"halley"``, ``"exact"``, or one of the objects
-        `NewtonSchulz`, `Halley`, `Exact` with settings of its own.
-      placement: Where parameters lie on a mesh with auto axes, and the size of
-        stacks, see `Placement`. None: what explicit axes say, and the rule for stacks.
-      shape_scale: The factor of the shape, see `scale_by_shape`; None for 1.
-      weight_decay: :math:`\lambda`, not negative, decoupled, on the hidden matrices.
-      routing: Which leaves are hidden matrices, and in which layout: None for the rules
-        of Flax trees, a predicate on (path, leaf), or a tree; see `describe`. Under
-        `optax.inject_hyperparams` name a predicate in ``static_args``, as functions
-        are taken for schedules there.
-      auxiliary: What trains the other leaves: a transformation, or settings of
-        `optax.adamw` as a dict. None: ``b1=0.9, b2=0.95, weight_decay=0``.
-      auxiliary_learning_rate: Of that AdamW. None: the same as ``learning_rate``.
+      orthogonalize: How to orthogonalize: ``"newton_schulz"`` (five steps of the
+        ``"jordan"`` table), ``"halley"``, ``"exact"``, an object with settings such as
+        ``NewtonSchulz(12, coefficients="track3")``, or None for :math:`O = U`.
+      shape_scale: The factor of the shape, see `scale_by_shape`. None is 1. ``"rms"``
+        is Moonlight's, with which AdamW's learning rates fit.
+      <common arguments>
 
     Returns:
-      An optimizer. Its state is one float32 array a hidden matrix.
+      An optimizer. The state is one float32 array per hidden matrix, and that of the
+      auxiliary optimizer.
 
     Raises:
       ValueError: At construction, for numbers out of range and unknown names; at
-        ``init``, for leaves that routing cannot place or a layout does not fit, with
+        ``init``, for leaves that cannot be routed or that a layout does not fit, with
         their paths.
+      TypeError: At construction, for arguments of another type; at ``init``, for leaves
+        that are not real floating, with their paths.
 
     References:
       Jordan et al., 2024, `Muon <https://kellerjordan.github.io/posts/muon/>`_ and
       `code <https://github.com/KellerJordan/Muon>`_.
     """
+    _routed.check_rates(learning_rate, weight_decay)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(
-            _routed.momentum_average(momentum, nesterov=nesterov, debias=debias),
-            _routed.orthogonalized(orthogonalize, layout, placement),
-            _routed.shaped(shape_scale, layout),
-            _routed.decayed(weight_decay),
+            _transforms.ema_momentum(
+                momentum, nesterov=nesterov, debias=debias, mu_dtype=mu_dtype
+            ),
+            _transforms.orthogonalize(
+                orthogonalize, layout=layout, placement=placement
+            ),
+            _transforms.scale_by_shape(shape_scale, layout=layout),
+            optax.add_decayed_weights(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
         )
 
-    return _routed.routed(
-        matrix,
-        learning_rate=learning_rate,
-        routing=routing,
-        auxiliary=auxiliary,
-        auxiliary_learning_rate=auxiliary_learning_rate,
-    )
+    factor = 1.0 if shape_scale == "rms" else 0.15
+    rates = (learning_rate, factor, auxiliary_learning_rate)
+    return _routed.routed(matrix, routing, auxiliary, *rates)
 
 
-def muonw(
-    learning_rate: optax.ScalarOrSchedule = 0.02,
-    *,
-    momentum: ArrayLike = 0.95,
-    nesterov: bool = True,
-    orthogonalize: str | _linalg.PolarMethod = "newton_schulz",
-    placement: _placement.Placement | None = None,
-    shape_scale: _transforms.ShapeScale | None = "spectral",
-    weight_decay: ArrayLike = 0.01,
-    routing: _routing.Routing = None,
-    auxiliary: _routed.Auxiliary = None,
-    auxiliary_learning_rate: optax.ScalarOrSchedule | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Muon with decoupled weight decay on the hidden matrices.
-
-    `muon` with :math:`\lambda` = ``weight_decay`` of 0.01 by default:
+@_routed.preset(muon, weight_decay=0.01)
+def muonw() -> None:
+    r"""Muon with decoupled weight decay: `muon` with ``weight_decay=0.01``.
 
     .. math:: W \leftarrow (1 - \eta\lambda) W - \eta O.
 
     Args:
-      learning_rate: :math:`\eta`, see `muon`.
-      momentum: See `muon`.
-      nesterov: See `muon`.
-      orthogonalize: See `muon`.
-      placement: See `muon`.
-      shape_scale: See `muon`; ``"rms"`` is Moonlight's, for which 0.1 is the usual
-        ``weight_decay`` and AdamW's learning rates fit.
-      weight_decay: :math:`\lambda`, not negative, per unit of learning rate.
-      routing: See `muon`.
-      auxiliary: See `muon`; its own weight decay is one of its settings.
-      auxiliary_learning_rate: See `muon`.
+      learning_rate: As every other argument, see `muon`.
 
     Returns:
-      An optimizer. Its state is one float32 array a hidden matrix.
+      An optimizer, as `muon`.
 
     Raises:
       ValueError: As `muon`.
+      TypeError: As `muon`.
 
     References:
       Liu et al., 2025, `arXiv:2502.16982 <https://arxiv.org/abs/2502.16982>`_.
     """
-    return muon(
-        learning_rate,
-        momentum=momentum,
-        nesterov=nesterov,
-        orthogonalize=orthogonalize,
-        placement=placement,
-        shape_scale=shape_scale,
-        weight_decay=weight_decay,
-        routing=routing,
-        auxiliary=auxiliary,
-        auxiliary_learning_rate=auxiliary_learning_rate,
-    )

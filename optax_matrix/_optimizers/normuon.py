@@ -1,28 +1,33 @@
-"""NorMuon: Muon with evened-out neurons."""
+"""NorMuon: Muon with a running second moment per output neuron."""
+
+from typing import Any
 
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _layout, _linalg, _placement, _routing, _transforms
 from optax_matrix._optimizers import _routed
 
 
+@_routed.documented("0.15, or 1 with ``shape_scale='rms'``")
 def normuon(
     learning_rate: optax.ScalarOrSchedule = 0.02,
     *,
     momentum: ArrayLike = 0.95,
     nesterov: bool = True,
-    orthogonalize: str | _linalg.PolarMethod = "newton_schulz",
-    placement: _placement.Placement | None = None,
+    orthogonalize: str | _linalg.PolarMethod | None = "newton_schulz",
     b2: ArrayLike = 0.95,
     eps: ArrayLike = 1e-10,
     shape_scale: _transforms.ShapeScale | None = "spectral",
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Any = None,
+    mu_dtype: DTypeLike | None = None,
     routing: _routing.Routing = None,
-    auxiliary: _routed.Auxiliary = None,
+    placement: _placement.Placement | None = None,
+    auxiliary: optax.GradientTransformation | None = None,
     auxiliary_learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Muon whose output neurons are evened out by a running second moment.
+    r"""NorMuon: Muon whose output neurons are divided by a running RMS.
 
     With :math:`U` the momentum of `muon`, :math:`O = \operatorname{NS}_5(U)`,
     :math:`\beta_2` = ``b2`` and the mean over the inputs of each output neuron,
@@ -34,48 +39,42 @@ def normuon(
         - \eta \sqrt{\max(1, out/in)} \, \hat O \, \|O\|_F / \|\hat O\|_F.
 
     Args:
-      learning_rate: :math:`\eta`, as of `muon`; a schedule is a function of the step.
+      learning_rate: :math:`\eta`, see `muon`.
       momentum: See `muon`.
       nesterov: See `muon`.
       orthogonalize: See `muon`.
-      placement: See `muon`.
       b2: :math:`\beta_2`, in [0, 1).
       eps: :math:`\epsilon`, positive.
-      shape_scale: The factor of the shape, see `scale_by_shape`; None for 1.
-      weight_decay: :math:`\lambda`, not negative, decoupled, on the hidden matrices.
-      routing: See `muon`.
-      auxiliary: See `muon`.
-      auxiliary_learning_rate: See `muon`.
+      shape_scale: The factor of the shape, see `scale_by_shape`; None is 1.
+      <common arguments>
 
     Returns:
-      An optimizer. Its state is one float32 array a hidden matrix and one number a
-      neuron.
+      An optimizer. The state is one float32 array per hidden matrix and one number per
+      output neuron, and that of the auxiliary optimizer.
 
     Raises:
       ValueError: As `muon`.
+      TypeError: As `muon`.
 
     References:
       Li et al., 2025, `arXiv:2510.05491 <https://arxiv.org/abs/2510.05491>`_. The mean
-      runs over the inputs always, as in the authors' code; some ports take the shorter
+      is always over the inputs, as in the authors' code; some ports use the shorter
       axis.
     """
-
-    _routed.check_second_moment(b2, eps)
+    _routed.check_rates(learning_rate, weight_decay)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(
-            _routed.momentum_average(momentum, nesterov=nesterov),
-            _routed.orthogonalized(orthogonalize, layout, placement),
+            _transforms.ema_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype),
+            _transforms.orthogonalize(
+                orthogonalize, layout=layout, placement=placement
+            ),
             _transforms.scale_by_neuron_variance(b2, eps=eps, layout=layout),
-            _routed.shaped(shape_scale, layout),
-            _routed.decayed(weight_decay),
+            _transforms.scale_by_shape(shape_scale, layout=layout),
+            optax.add_decayed_weights(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
         )
 
-    return _routed.routed(
-        matrix,
-        learning_rate=learning_rate,
-        routing=routing,
-        auxiliary=auxiliary,
-        auxiliary_learning_rate=auxiliary_learning_rate,
-    )
+    factor = 1.0 if shape_scale == "rms" else 0.15
+    rates = (learning_rate, factor, auxiliary_learning_rate)
+    return _routed.routed(matrix, routing, auxiliary, *rates)

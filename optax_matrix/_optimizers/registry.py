@@ -1,4 +1,4 @@
-"""Every rung of the ladder from SGD to MuonH by its name."""
+"""All optimizers by name, from SGD to SOAP-Muon."""
 
 import types
 from collections.abc import Callable, Mapping
@@ -28,7 +28,8 @@ def adam_l2(
 ) -> optax.GradientTransformation:
     """`optax.adam` with an L2 penalty: the decay is added to the gradient.
 
-    Unlike AdamW's it passes through the moments, so large gradients are decayed less.
+    Unlike AdamW's decay it passes through the moments, so that parameters with large
+    gradients decay less.
     """
     return optax.chain(
         optax.add_decayed_weights(weight_decay), optax.adam(learning_rate, **settings)
@@ -65,22 +66,21 @@ _MATRIX: Mapping[str, Factory] = {
 }
 
 MATRIX_OPTIMIZERS: frozenset[str] = frozenset(_MATRIX)
-"""The names of those that route: they take `routing` and `auxiliary`."""
+"""The names of the matrix optimizers, which take `routing` and `auxiliary`."""
 
 OPTIMIZERS: Mapping[str, Factory] = types.MappingProxyType({**_ELEMENTWISE, **_MATRIX})
-"""Name to factory, from SGD upwards; each takes the learning rate first."""
+"""Factories by name; each takes the learning rate first."""
 
 
 def make_optimizer(
     name: str, learning_rate: optax.ScalarOrSchedule, **settings: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds the optimizer of that name.
+    """Builds an optimizer by name.
 
     Args:
       name: A key of `OPTIMIZERS`.
       learning_rate: A number or a schedule, in the units of that optimizer.
-      **settings: What else its factory takes. Those in `MATRIX_OPTIMIZERS` take
-        ``routing``, ``auxiliary`` and ``auxiliary_learning_rate``.
+      **settings: The other arguments of its factory.
 
     Returns:
       The optimizer.

@@ -1,53 +1,51 @@
-"""SOAP, KL-SOAP and SOAP-Muon: Adam in a slowly turning basis."""
+"""SOAP, KL-SOAP and SOAP-Muon: Adam in an eigenbasis."""
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _layout, _linalg, _placement, _routing, _transforms
 from optax_matrix._optimizers import _routed
+from optax_matrix._transforms import KL, SOAP
 
 
+@_routed.documented("1")
 def soap(
     learning_rate: optax.ScalarOrSchedule = 3e-3,
     *,
-    b1: ArrayLike = 0.95,
+    momentum: ArrayLike = 0.95,
     b2: ArrayLike = 0.95,
     eps: ArrayLike = 1e-8,
-    refresh: int = 10,
-    preconditioner: Mapping[str, Any] | None = None,
-    placement: _placement.Placement | None = None,
-    weight_decay: ArrayLike = 0.01,
+    refresh: ArrayLike = 10,
+    preconditioner: SOAP = SOAP(),
+    weight_decay: optax.ScalarOrSchedule = 0.01,
+    weight_decay_mask: Any = None,
+    mu_dtype: DTypeLike | None = None,
     routing: _routing.Routing = None,
-    auxiliary: _routed.Auxiliary = None,
+    placement: _placement.Placement | None = None,
+    auxiliary: optax.GradientTransformation | None = None,
     auxiliary_learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Takes Adam's step in the eigenbasis of Shampoo's statistics.
+    r"""SOAP: Adam in the eigenbasis of Shampoo's statistics.
 
-    With :math:`U` of `soap_precondition`, whose first one is zero,
+    With :math:`U` of `soap_precondition`, which is zero in the first update,
 
     .. math:: W \leftarrow (1 - \eta\lambda) W - \eta U.
 
-
     Args:
-      learning_rate: :math:`\eta`, in Adam's units, or a schedule of them.
-      b1: :math:`\beta_1` of the momentum, in [0, 1).
+      learning_rate: :math:`\eta`, not negative, in Adam's units, or a schedule.
+      momentum: :math:`\beta_1` of the momentum, in [0, 1).
       b2: :math:`\beta_2` of the second moment, in [0, 1), and of the statistics unless
-        ``preconditioner`` says another.
+        ``preconditioner`` has ``factor_b2``.
       eps: :math:`\epsilon`, positive.
-      refresh: Updates from one power step of the bases to the next.
-      preconditioner: Further settings of `soap_precondition`, such as
-        ``{"stagger": True, "block_size": 1024}``.
-      placement: See `muon`.
-      weight_decay: :math:`\lambda`, not negative, decoupled, on the hidden matrices.
-      routing: See `muon`.
-      auxiliary: See `muon`.
-      auxiliary_learning_rate: See `muon`.
+      refresh: Number of updates from one power step of the bases to the next.
+      preconditioner: All other settings, see `SOAP`.
+      <common arguments>
 
     Returns:
-      An optimizer. Its state is that of `soap_precondition`.
+      An optimizer. The state is that of `soap_precondition` and of the auxiliary
+      optimizer.
 
     Raises:
       ValueError: As `soap_precondition` and `muon`.
@@ -56,57 +54,63 @@ def soap(
     References:
       Vyas et al., 2024, `arXiv:2409.11321 <https://arxiv.org/abs/2409.11321>`_.
     """
-    return _in_a_basis(
-        _transforms.soap_precondition,
-        {"b1": b1, "b2": b2, "eps": eps, "refresh": refresh, "placement": placement},
-        preconditioner,
-        None,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        routing=routing,
-        auxiliary=auxiliary,
-        auxiliary_learning_rate=auxiliary_learning_rate,
-    )
+    _routed.check_rates(learning_rate, weight_decay)
+
+    def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
+        return optax.chain(
+            _transforms.soap_precondition(
+                momentum,
+                b2,
+                eps=eps,
+                refresh=refresh,
+                preconditioner=preconditioner,
+                mu_dtype=mu_dtype,
+                layout=layout,
+                placement=placement,
+            ),
+            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    rates = (learning_rate, 1.0, auxiliary_learning_rate)
+    return _routed.routed(matrix, routing, auxiliary, *rates)
 
 
+@_routed.documented("1")
 def kl_soap(
     learning_rate: optax.ScalarOrSchedule = 3e-3,
     *,
-    b1: ArrayLike = 0.95,
+    momentum: ArrayLike = 0.95,
     b2: ArrayLike = 0.95,
     eps: ArrayLike = 1e-8,
-    refresh: int = 10,
-    preconditioner: Mapping[str, Any] | None = None,
-    placement: _placement.Placement | None = None,
-    weight_decay: ArrayLike = 0.01,
+    refresh: ArrayLike = 10,
+    preconditioner: KL = KL(),
+    weight_decay: optax.ScalarOrSchedule = 0.01,
+    weight_decay_mask: Any = None,
+    mu_dtype: DTypeLike | None = None,
     routing: _routing.Routing = None,
-    auxiliary: _routed.Auxiliary = None,
+    placement: _placement.Placement | None = None,
+    auxiliary: optax.GradientTransformation | None = None,
     auxiliary_learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Takes Adam's step in the eigenbasis of KL-Shampoo's statistics.
+    r"""KL-SOAP: Adam in the eigenbasis of KL-Shampoo's statistics.
 
-    With :math:`U` of `kl_soap_precondition`, whose first one is zero,
+    With :math:`U` of `kl_soap_precondition`, which is zero in the first update,
 
     .. math:: W \leftarrow (1 - \eta\lambda) W - \eta U.
 
-
     Args:
       learning_rate: See `soap`.
-      b1: :math:`\beta_1` of the momentum, in [0, 1).
-      b2: :math:`\beta_2` of the second moment, in [0, 1), and of the statistics unless
-        ``preconditioner`` says another.
+      momentum: See `soap`.
+      b2: See `soap`.
       eps: :math:`\epsilon`, positive.
-      refresh: Updates from one power step of the bases to the next.
-      preconditioner: Further settings of `kl_soap_precondition`, such as
-        ``{"stagger": True, "block_size": 1024}``.
-      placement: See `muon`.
-      weight_decay: See `soap`.
-      routing: See `muon`.
-      auxiliary: See `muon`.
-      auxiliary_learning_rate: See `muon`.
+      refresh: See `soap`.
+      preconditioner: All other settings, see `KL`.
+      <common arguments>
 
     Returns:
-      An optimizer. Its state is that of `kl_soap_precondition`.
+      An optimizer. The state is that of `kl_soap_precondition` and of the auxiliary
+      optimizer.
 
     Raises:
       ValueError: As `kl_soap_precondition` and `muon`.
@@ -116,63 +120,69 @@ def kl_soap(
       Lin et al., 2025, `arXiv:2509.03378 <https://arxiv.org/abs/2509.03378>`_. Differs:
       the defaults are those of `soap`; theirs are 1e-4, 0.9 and 0.98.
     """
-    return _in_a_basis(
-        _transforms.kl_soap_precondition,
-        {"b1": b1, "b2": b2, "eps": eps, "refresh": refresh, "placement": placement},
-        preconditioner,
-        None,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        routing=routing,
-        auxiliary=auxiliary,
-        auxiliary_learning_rate=auxiliary_learning_rate,
-    )
+    _routed.check_rates(learning_rate, weight_decay)
+
+    def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
+        return optax.chain(
+            _transforms.kl_soap_precondition(
+                momentum,
+                b2,
+                eps=eps,
+                refresh=refresh,
+                preconditioner=preconditioner,
+                mu_dtype=mu_dtype,
+                layout=layout,
+                placement=placement,
+            ),
+            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    rates = (learning_rate, 1.0, auxiliary_learning_rate)
+    return _routed.routed(matrix, routing, auxiliary, *rates)
 
 
+@_routed.documented("0.15, or 1 with ``shape_scale='rms'``")
 def soap_muon(
     learning_rate: optax.ScalarOrSchedule = 0.02,
     *,
-    b1: ArrayLike = 0.95,
+    momentum: ArrayLike = 0.95,
     b2: ArrayLike = 0.95,
     eps: ArrayLike = 1e-8,
-    refresh: int = 10,
-    preconditioner: Mapping[str, Any] | None = None,
-    orthogonalize: str | _linalg.PolarMethod = "newton_schulz",
+    refresh: ArrayLike = 10,
+    preconditioner: SOAP = SOAP(),
+    orthogonalize: str | _linalg.PolarMethod | None = "newton_schulz",
     shape_scale: _transforms.ShapeScale | None = "spectral",
-    placement: _placement.Placement | None = None,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Any = None,
+    mu_dtype: DTypeLike | None = None,
     routing: _routing.Routing = None,
-    auxiliary: _routed.Auxiliary = None,
+    placement: _placement.Placement | None = None,
+    auxiliary: optax.GradientTransformation | None = None,
     auxiliary_learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Orthogonalizes SOAP's step.
+    r"""SOAP-Muon: SOAP's step, orthogonalized.
 
-    With :math:`U` of `soap_precondition`, whose first one is zero,
+    With :math:`U` of `soap_precondition`, which is zero in the first update,
 
     .. math::
       W \leftarrow (1 - \eta\lambda) W
         - \eta \sqrt{\max(1, out/in)} \operatorname{NS}_5(U).
 
-
     Args:
-      learning_rate: :math:`\eta`, as of `muon`; a schedule is a function of the step.
-      b1: :math:`\beta_1` of the momentum, in [0, 1).
-      b2: :math:`\beta_2` of the second moment, in [0, 1), and of the statistics unless
-        ``preconditioner`` says another.
+      learning_rate: :math:`\eta`, see `muon`.
+      momentum: See `soap`.
+      b2: See `soap`.
       eps: :math:`\epsilon`, positive.
-      refresh: Updates from one power step of the bases to the next.
-      preconditioner: Further settings of `soap_precondition`, such as
-        ``{"stagger": True, "block_size": 1024}``.
+      refresh: See `soap`.
+      preconditioner: All other settings, see `SOAP`.
       orthogonalize: See `muon`.
-      shape_scale: The factor of the shape, see `scale_by_shape`; None for 1.
-      placement: See `muon`.
-      weight_decay: See `soap`.
-      routing: See `muon`.
-      auxiliary: See `muon`.
-      auxiliary_learning_rate: See `muon`.
+      shape_scale: The factor of the shape, see `scale_by_shape`; None is 1.
+      <common arguments>
 
     Returns:
-      An optimizer. Its state is that of `soap_precondition`.
+      An optimizer. The state is that of `soap_precondition` and of the auxiliary
+      optimizer.
 
     Raises:
       ValueError: As `soap_precondition` and `muon`.
@@ -182,53 +192,28 @@ def soap_muon(
       Vyas et al., 2024, `arXiv:2409.11321 <https://arxiv.org/abs/2409.11321>`_; Jordan
       et al., 2024, `Muon <https://kellerjordan.github.io/posts/muon/>`_.
     """
-
-    def shaped(layout: _layout.Layout) -> optax.GradientTransformation:
-        return optax.chain(
-            _routed.orthogonalized(orthogonalize, layout, placement),
-            _routed.shaped(shape_scale, layout),
-        )
-
-    return _in_a_basis(
-        _transforms.soap_precondition,
-        {"b1": b1, "b2": b2, "eps": eps, "refresh": refresh, "placement": placement},
-        preconditioner,
-        shaped,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        routing=routing,
-        auxiliary=auxiliary,
-        auxiliary_learning_rate=auxiliary_learning_rate,
-    )
-
-
-def _in_a_basis(
-    transform: Callable[..., optax.GradientTransformation],
-    named: dict[str, Any],
-    preconditioner: Mapping[str, Any] | None,
-    then: Callable[[_layout.Layout], optax.GradientTransformation] | None,
-    *,
-    learning_rate: optax.ScalarOrSchedule,
-    weight_decay: ArrayLike,
-    routing: _routing.Routing,
-    auxiliary: _routed.Auxiliary,
-    auxiliary_learning_rate: optax.ScalarOrSchedule | None,
-) -> optax.GradientTransformationExtraArgs:
-    """The preconditioner, what follows it, weight decay and learning rate; routed."""
-    settings = named | _routed.settings_of(transform, preconditioner, named)
+    _routed.check_rates(learning_rate, weight_decay)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(
-            transform(**settings, layout=layout),
-            then(layout) if then else optax.identity(),
-            _routed.decayed(weight_decay),
+            _transforms.soap_precondition(
+                momentum,
+                b2,
+                eps=eps,
+                refresh=refresh,
+                preconditioner=preconditioner,
+                mu_dtype=mu_dtype,
+                layout=layout,
+                placement=placement,
+            ),
+            _transforms.orthogonalize(
+                orthogonalize, layout=layout, placement=placement
+            ),
+            _transforms.scale_by_shape(shape_scale, layout=layout),
+            optax.add_decayed_weights(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
         )
 
-    return _routed.routed(
-        matrix,
-        learning_rate=learning_rate,
-        routing=routing,
-        auxiliary=auxiliary,
-        auxiliary_learning_rate=auxiliary_learning_rate,
-    )
+    factor = 1.0 if shape_scale == "rms" else 0.15
+    rates = (learning_rate, factor, auxiliary_learning_rate)
+    return _routed.routed(matrix, routing, auxiliary, *rates)

@@ -1,181 +1,220 @@
-"""What a plan costs every device: FLOPs, exchanges and bytes, by formula."""
+"""What work on matrices costs each device, by formula."""
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
-from optax_matrix import _linalg, _table
-from optax_matrix._placement.plan import Group, Plan, slot_bytes
+from optax_matrix import _table
+from optax_matrix._placement.exchange import exchange_count, exchanged_bytes
+from optax_matrix._placement.execute import leaves_by_mesh
+from optax_matrix._placement.groups import Group, make_plan
+from optax_matrix._placement.placement import Leaf
+from optax_matrix._placement.stacks import by_shape
+
+# FLOPs, or bytes of state, of one matrix from its inputs, outputs and dtype.
+Formula = Callable[[int, int, DTypeLike], float]
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupCost:
-    """What orthogonalizing the matrices of one group costs each device.
+    """What the matrices of one group cost each device.
 
     Attributes:
-      shape: (inputs, outputs) of a matrix, the smaller side first where tall and wide
-        ones are worked on together.
-      matrices: How many there are, over all of the mesh.
-      devices: How many devices share them; with experts or layers sharded over other
-        axes, each of those slices has as many of its own.
-      per_device: How many whole matrices the busiest device works on.
-      parts: In how many parts those left over are cut; 1 if none are.
-      parts_per_device: How many of these the busiest device works on.
-      flops: Of the busiest device.
-      even_flops: Of all matrices as whole ones, over all devices. Parts can have less:
-        Halley's solve for columns where whole matrices multiply.
-      exchanges: How many there are: in and out, out alone, or none.
-      exchanged_bytes: What a device receives in them.
-      least_bytes: What it must receive for each matrix to be in one place once, and
-        each device to have the result for what it holds.
-      sums: How many Gram matrices parts sum over devices, one after another.
-      gathers: How many small matrices parts put together from their rows, likewise.
-      part_bytes: What a device receives in both, sums running around a ring.
+      shape: (inputs, outputs) of a matrix, as it is worked on.
+      matrices: Number of matrices over the whole mesh.
+      owners: Number of devices that share them. With layers or experts sharded over
+        other mesh axes, each of those slices has as many owners of its own.
+      per_owner: Number of matrices of the busiest owner.
+      flops: FLOPs of the busiest owner.
+      even_flops: FLOPs of all matrices divided by the number of owners.
+      exchanges: Number of exchanges of all rounds.
+      exchanged_bytes: Bytes that one device receives in them.
+      least_bytes: Bytes it must receive so that every matrix is whole on one device
+        once, and every device has the results for what it holds.
+      round_bytes: Bytes of the whole matrices that a device holds at once.
+      state_bytes: Bytes of state on the busiest owner.
     """
 
     shape: tuple[int, int]
     matrices: int
-    devices: int
-    per_device: int
-    parts: int
-    parts_per_device: int
+    owners: int
+    per_owner: int
     flops: float
     even_flops: float
     exchanges: int
     exchanged_bytes: int
     least_bytes: float
-    sums: int
-    gathers: int
-    part_bytes: int
-
-
-def group_cost(plan: Plan, group: Group, method: _linalg.PartwiseMethod) -> GroupCost:
-    """The formulas; docs/sharding.md derives them."""
-    w = group.devices
-    copies = math.prod(plan.mesh.shape.values()) // w if plan.mesh is not None else 1
-    here = sum(
-        batch.count // batch.parts * batch.kind.blocks for batch in group.batches
-    )
-    one = group.batches[0].kind
-    blocks = [
-        (min(m, n), max(m, n)) if group.turned else (m, n)
-        for m in one.input_widths
-        for n in one.output_widths
-    ]
-    flops, per_device, parts_per_device, sums, gathers, moved = 0, 0, 0, 0, 0, 0
-    for where in group.pools():
-        lots = [group.lots[i] for i in where]
-        slots, parts = group.busiest(lots), lots[0].parts
-        if parts == 1:
-            flops += slots * sum(method.flops(m, n) for m, n in blocks)
-            per_device = slots * len(blocks)
-            continue
-        splits = [lot.batches[0].kind.split(parts) for lot in lots]
-        m, n = max(splits, key=lambda split: split[1])
-        traffic = method.traffic(m, n, parts, one.dtype)
-        rounds = -(-slots // group.stack_size)
-        flops += slots * method.flops(m, n, parts)
-        parts_per_device += slots
-        sums += rounds * traffic.sums
-        gathers += rounds * traffic.gathers
-        moved += slots * traffic.bytes
-    even = here // len(blocks) * sum(method.flops(m, n) for m, n in blocks) / w
-    exchanged, least = _bytes(group)
-    return GroupCost(
-        shape=blocks[0] if len(blocks) == 1 else one.shape,
-        matrices=here * copies,
-        devices=w,
-        per_device=per_device,
-        parts=max(lot.parts for lot in group.lots),
-        parts_per_device=parts_per_device,
-        flops=flops,
-        even_flops=even,
-        exchanges=(2 if group.exchanged else 1) if w > 1 else 0,
-        exchanged_bytes=exchanged,
-        least_bytes=least,
-        sums=sums,
-        gathers=gathers,
-        part_bytes=moved,
-    )
-
-
-def _bytes(group: Group) -> tuple[int, float]:
-    """What a device receives, and the least that it could."""
-    w = group.devices
-    if w == 1:
-        return 0, 0.0
-    received, least = 0, 0.0
-    for lot in group.lots:
-        itemsize = jnp.dtype(lot.batches[0].kind.dtype).itemsize
-        # Every slot is sent, also those that are empty at the end of a lot.
-        received += lot.slots(w) * slot_bytes(lot.batches[0].unit, w)
-        # What a device holds of all matrices. In: what its own have elsewhere. Out: its
-        # piece of all but its own. Parts are padded, matrices are not.
-        held = sum(
-            batch.count // batch.parts * math.prod(batch.kind.sizes)
-            for batch in lot.batches
-        )
-        inward, outward = held / w * (lot.pieces - 1), held * (w - 1) / w
-        least += (inward + outward) * itemsize
-    return received, least
+    round_bytes: int
+    state_bytes: float
 
 
 @dataclasses.dataclass(frozen=True)
 class PlacementDescription:
-    """What orthogonalization costs each device, a row per group; `str` is a table."""
+    """What work on matrices costs each device, a row per group; `str` is a table.
+
+    Attributes:
+      groups: The costs of each group.
+      flops: The FLOPs of the busiest device. It is less than the sum over groups if
+        their busiest owners are different devices.
+    """
 
     groups: tuple[GroupCost, ...]
+    flops: float
 
     @property
     def totals(self) -> dict[str, float]:
-        """Sums over groups, and how the busiest device compares with an even split."""
-        names = ("flops", "even_flops", "exchanges", "exchanged_bytes", "least_bytes")
-        names += ("sums", "gathers", "part_bytes")
-        totals = {n: sum(getattr(group, n) for group in self.groups) for n in names}
+        """The busiest device, sums over groups, and the largest round."""
+        summed = ("even_flops", "exchanges", "exchanged_bytes", "least_bytes")
+        summed += ("state_bytes",)
+        totals = {
+            name: float(sum(getattr(group, name) for group in self.groups))
+            for name in summed
+        }
         even = totals["even_flops"]
-        return totals | {"flops_over_even": totals["flops"] / even if even else 1.0}
+        return totals | {
+            "flops": self.flops,
+            "flops_over_even": self.flops / even if even else 1.0,
+            "round_bytes": max((g.round_bytes for g in self.groups), default=0),
+        }
 
     def __str__(self) -> str:
         """Returns the table, totals last."""
         header = (
-            *("matrices", "shape", "devices", "a device", "GFLOP", "/ even"),
-            *("exchanges", "MiB", "least", "sums", "gathers", "MiB of parts"),
+            *("matrices", "shape", "owners", "per owner", "GFLOP", "/ even"),
+            *("exchanges", "MiB received", "least MiB", "round MiB", "state MiB"),
         )
-        rows = [_cells(group) for group in self.groups]
-        total = self.totals
-        last = (
-            *("total", "", "", "", f"{total['flops'] / 1e9:.3g}"),
-            f"{total['flops_over_even']:.2f}",
-            f"{total['exchanges']:.0f}",
-            f"{total['exchanged_bytes'] / 2**20:.3g}",
-            f"{total['least_bytes'] / 2**20:.3g}",
-            f"{total['sums']:.0f}",
-            f"{total['gathers']:.0f}",
-            f"{total['part_bytes'] / 2**20:.3g}",
-        )
+        rows = [
+            (
+                f"{group.matrices:,}",
+                f"{group.shape[0]} \N{MULTIPLICATION SIGN} {group.shape[1]}",
+                f"{group.owners}",
+                f"{group.per_owner}",
+                *_cells(dataclasses.asdict(group)),
+            )
+            for group in self.groups
+        ]
+        last = ("total", "", "", "", *_cells(self.totals))
         return _table.aligned(header, rows, [last], right=range(len(header)))
 
 
-def _cells(group: GroupCost) -> tuple[str, ...]:
-    m, n = group.shape
+def _cells(cost: dict[str, float]) -> tuple[str, ...]:
+    even = cost["even_flops"]
     return (
-        f"{group.matrices:,}",
-        f"{m} \N{MULTIPLICATION SIGN} {n}",
-        f"{group.devices}",
-        _share(group),
-        f"{group.flops / 1e9:.3g}",
-        f"{group.flops / group.even_flops:.2f}",
-        f"{group.exchanges}",
-        f"{group.exchanged_bytes / 2**20:.3g}",
-        f"{group.least_bytes / 2**20:.3g}",
-        f"{group.sums}",
-        f"{group.gathers}",
-        f"{group.part_bytes / 2**20:.3g}",
+        f"{cost['flops'] / 1e9:.3g}",
+        f"{cost['flops'] / even if even else 1:.2f}",
+        f"{cost['exchanges']:.0f}",
+        *(
+            f"{cost[name] / 2**20:.3g}"
+            for name in ("exchanged_bytes", "least_bytes", "round_bytes", "state_bytes")
+        ),
     )
 
 
-def _share(group: GroupCost) -> str:
-    part = f"{group.parts_per_device}/{group.parts}" if group.parts > 1 else ""
-    whole = str(group.per_device) if group.per_device or not part else ""
-    return " + ".join(filter(None, (whole, part)))
+def describe_groups(
+    leaves: Sequence[Leaf],
+    flops: Formula,
+    state_bytes: Formula,
+    *,
+    transposable: bool,
+    stack_size: int | None,
+) -> PlacementDescription:
+    """Counts what `map_matrices` costs each device, by the formulas of
+    docs/sharding.md.
+
+    Args:
+      leaves: The leaves, which may hold descriptions of arrays.
+      flops: The FLOPs of one matrix.
+      state_bytes: The bytes of the state of one matrix.
+      transposable: As for `map_matrices`.
+      stack_size: As for `map_matrices`.
+    """
+    costs, busiest = [], 0.0
+    for mesh, where in leaves_by_mesh(leaves).items():
+        some = [leaves[i] for i in where]
+        if mesh is None:
+            found = _without_mesh(some, flops, state_bytes, transposable)
+            busiest += sum(cost.flops for cost in found)
+            costs += found
+            continue
+        plan = make_plan(some, transposable, stack_size)
+        found = [
+            _cost(group, mesh.size // group.owners, flops, state_bytes)
+            for group in plan.groups
+        ]
+        busiest += _busiest(plan.groups, [cost.even_flops for cost in found])
+        costs += found
+    return PlacementDescription(tuple(costs), busiest)
+
+
+def _busiest(groups: Sequence[Group], even: Sequence[float]) -> float:
+    """Returns the most FLOPs of a device, given the even split of each group.
+
+    Groups with other owners than the mesh axes of the rest are added at their most.
+    """
+    loads: dict[tuple[str, ...], np.ndarray] = {}
+    for group, flops in zip(groups, even, strict=True):
+        place = (np.arange(group.owners) - group.first) % group.owners
+        owned = group.full_slots + (place < group.count % group.owners)
+        load = loads.setdefault(group.axes, np.zeros(group.owners))
+        load += owned * (flops * group.owners / group.count)
+    return float(sum(load.max() for load in loads.values()))
+
+
+def _cost(group: Group, slices: int, flops: Formula, state_bytes: Formula) -> GroupCost:
+    stacks = group.stacks
+
+    def of_each(formula: Formula) -> float:
+        return sum(k * formula(m, n, group.dtype) for k, m, n in stacks)
+
+    each, blocks = of_each(flops), sum(k for k, *_ in stacks)
+    itemsize = jnp.dtype(group.dtype).itemsize
+    held = group.count * math.prod(group.piece) * itemsize
+    w = group.owners
+    return GroupCost(
+        shape=stacks[0][1:] if len(stacks) == 1 else group.shape,
+        matrices=group.count * blocks * slices,
+        owners=w,
+        per_owner=group.slots * blocks,
+        flops=group.slots * each,
+        even_flops=group.count * each / w,
+        exchanges=exchange_count(group) * len(list(group.rounds())),
+        exchanged_bytes=exchanged_bytes(group, itemsize),
+        least_bytes=held / w * (group.pieces - 1) + held * (w - 1) / w,
+        round_bytes=min(group.slots, group.per_round)
+        * math.prod(group.shape)
+        * itemsize,
+        state_bytes=group.slots * of_each(state_bytes),
+    )
+
+
+def _without_mesh(
+    leaves: Sequence[Leaf], flops: Formula, state_bytes: Formula, transposable: bool
+) -> list[GroupCost]:
+    costs = []
+    for _, members in by_shape(leaves, transposable):
+        i, j, turn = members[0]
+        _, m, n = leaves[i].view.matrices[j]
+        m, n = (n, m) if turn else (m, n)
+        dtype = leaves[i].value.dtype.name
+        count = sum(leaves[i].view.matrices[j][0] for i, j, _ in members)
+        work = count * flops(m, n, dtype)
+        costs.append(
+            GroupCost(
+                shape=(m, n),
+                matrices=count,
+                owners=1,
+                per_owner=count,
+                flops=work,
+                even_flops=work,
+                exchanges=0,
+                exchanged_bytes=0,
+                least_bytes=0,
+                round_bytes=0,
+                state_bytes=count * state_bytes(m, n, dtype),
+            )
+        )
+    return costs

@@ -1,219 +1,126 @@
-"""Brings matrices together on their devices and takes them back, inside `shard_map`."""
+"""The exchanges with the owners of a group's matrices, inside `shard_map`."""
 
-import itertools
 import math
-from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from optax_matrix._placement.plan import Batch, Group, Kind, Lot
+from optax_matrix._placement.groups import Group
 
 
-def bring(group: Group, units: Sequence[Sequence[Array]]) -> list[Array]:
-    """Hands every device its matrices.
+def to_owners(group: Group, x: Array) -> Array:
+    """Gives every device the matrices that it owns.
 
     Args:
-      group: Whose matrices.
-      units: For each lot and batch what this device holds of all of them, (count,
-        *sizes).
+      group: The group.
+      x: What this device holds of every matrix, (count, *group.piece).
 
     Returns:
-      For each lot the matrices that are this device's, (slots, m, n).
+      The matrices of this device, (slots, inputs, outputs); zeros where it has fewer.
     """
-    w = group.devices
-    packed = []
-    for lot, held in zip(group.lots, units, strict=True):
-        if lot.pieces > 1:
-            shares = [
-                _share(group, batch.unit, x)
-                for batch, x in zip(lot.batches, held, strict=True)
-            ]
-            by_slot = _by_slot(jnp.concatenate(shares), lot.start, lot.slots(w), w)
-            packed.append(jnp.swapaxes(by_slot, 0, 1))
-    received = iter(_all_to_all(group, packed))
-    placed = []
-    for lot, held in zip(group.lots, units, strict=True):
-        sent = next(received) if lot.pieces > 1 else None
-        found = []
-        for batch, x in zip(lot.batches, held, strict=True):
-            first, last = _slots(batch, w)
-            if sent is None:
-                # Every device has all of it: no exchange.
-                slots = _by_slot(x, batch.start - first * w, last - first, w)
-                me = lax.axis_index(group.axes)
-                own = lax.dynamic_index_in_dim(slots, me, axis=1, keepdims=False)
-            else:
-                own = _assembled(group, batch.unit, sent[:, first:last])
-            flat = jnp.reshape(own, (-1, *batch.unit.shape))
-            found.append(turned(flat, batch.kind, group.turned))
-        placed.append(_merged(group, lot, found))
-    return placed
+    grid = _by_axis(group, deal(group, x))
+    sharded = _sharded_axes(group)
+    # Devices that differ in the other axes alone hold the same pieces, so each takes
+    # what it needs without an exchange.
+    for position, axis in reversed(list(enumerate(group.axes))):
+        if axis not in sharded:
+            index = lax.axis_index(axis)
+            grid = lax.dynamic_index_in_dim(grid, index, 1 + position, keepdims=False)
+    slots, piece = grid.shape[0], group.piece
+    if sharded:
+        sent = jnp.reshape(grid, (slots, group.pieces, *piece))
+        grid = lax.all_to_all(sent, sharded, 1, 1, tiled=True)
+    sizes = [group.size_of(axis) for axis in sharded]
+    grid = jnp.reshape(grid, (slots, *sizes, *piece))
+    return jnp.reshape(jnp.transpose(grid, _assembly(group)), (slots, *group.shape))
 
 
-def take_back(group: Group, matrices: Sequence[Array]) -> list[list[Array]]:
-    """The inverse of `bring`: to every device all that it holds a piece of."""
-    w = group.devices
-    packed = []
-    for lot, x in zip(group.lots, matrices, strict=True):
-        found = []
-        for batch in lot.batches:
-            own = turned(x[slice(*_slots(batch, w))], batch.kind, group.turned)
-            whole = jnp.reshape(own, (-1, *batch.unit.whole))
-            if group.exchanged:
-                # (slots, devices, entries), to be chosen among like all slots
-                found.append(jnp.swapaxes(_for_all(group, batch.unit, whole), 0, 1))
-            else:
-                # What leaves every device is the same for all.
-                found.append(jnp.reshape(whole, (whole.shape[0], 1, -1)))
-        packed.append(jnp.swapaxes(_merged(group, lot, found), 0, 1))
-    if group.exchanged:
-        received = _all_to_all(group, packed)
-    else:
-        everything = lax.all_gather(_packed(packed), group.axes, tiled=True)
-        received = _unpacked(everything, packed)
-    results = []
-    for lot, x in zip(group.lots, received, strict=True):
-        in_order = jnp.reshape(jnp.swapaxes(x, 0, 1), (-1, lot.piece))
-        results.append(
-            [
-                jnp.reshape(in_order[batch.start : batch.stop], (-1, *batch.unit.sizes))
-                for batch in lot.batches
-            ]
-        )
-    return results
+def from_owners(group: Group, x: Array, count: int) -> Array:
+    """Gives every device its piece of every matrix: the inverse of `to_owners`.
 
+    Args:
+      group: The group.
+      x: The matrices of this device, (slots, inputs, outputs).
+      count: The number of matrices of all devices.
 
-def _slots(batch: Batch, devices: int) -> tuple[int, int]:
-    """The slots that devices get a batch in, the last not included."""
-    return batch.start // devices, -(-batch.stop // devices)
-
-
-def _by_slot(x: Array, before: int, slots: int, devices: int) -> Array:
-    """(count, ...) as (slots, devices, ...), with nothing in the places `before`."""
-    after = slots * devices - before - x.shape[0]
-    x = jnp.pad(x, [(before, after)] + [(0, 0)] * (x.ndim - 1))
-    return jnp.reshape(x, (slots, devices, *x.shape[1:]))
-
-
-def _merged(group: Group, lot: Lot, found: Sequence[Array]) -> Array:
-    """One array over the slots of a lot from those of its batches, (slots, ...).
-
-    Where one batch ends and the next begins, some devices have a matrix of the one and
-    some of the other.
+    Returns:
+      What this device holds of every matrix, (count, *group.piece).
     """
-    w = group.devices
-    ranges = [_slots(batch, w) for batch in lot.batches]
-    edges = sorted({0, lot.slots(w), *(edge for pair in ranges for edge in pair)})
-    pieces = []
-    for low, high in itertools.pairwise(edges):
-        here = [
-            (batch, x[low - first : high - first])
-            for batch, x, (first, last) in zip(lot.batches, found, ranges, strict=True)
-            if first <= low and high <= last
-        ]
-        (_, merged), *others = here
-        for batch, x in others:
-            # More than one only in a single slot: the next batch follows.
-            theirs = low * w + lax.axis_index(group.axes) >= batch.start
-            merged = jnp.where(theirs, x, merged)
-        pieces.append(merged)
-    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
+    slots, sharded, assembly = x.shape[0], _sharded_axes(group), _assembly(group)
+    if not sharded:
+        grid = jnp.reshape(x, (slots, *group.piece))
+        if group.axes:
+            grid = lax.all_gather(grid, group.axes, axis=1)
+        return _undeal(group, jnp.reshape(grid, (slots, -1, *group.piece)), count)
+    cut = (slots, *[group.size_of(axis) for axis in sharded], *group.piece)
+    grid = jnp.reshape(x, tuple(cut[i] for i in assembly))
+    grid = jnp.transpose(grid, tuple(int(i) for i in np.argsort(assembly)))
+    one = [group.size_of(a) if a in sharded else 1 for a in group.axes]
+    grid = jnp.reshape(grid, (slots, *one, *group.piece))
+    grid = jnp.broadcast_to(grid, (slots, *group.axis_sizes, *group.piece))
+    sent = jnp.reshape(grid, (slots, group.owners, *group.piece))
+    received = lax.all_to_all(sent, group.axes, 1, 1, tiled=True)
+    return _undeal(group, received, count)
 
 
-def turned(x: Array, kind: Kind, turn: bool) -> Array:
-    """Wide matrices from tall ones, and tall ones back from those, if `turn`."""
-    return jnp.swapaxes(x, -2, -1) if turn and kind.tall else x
+def owns_last(group: Group) -> Array:
+    """Returns whether this device owns a matrix in the last slot."""
+    place = (lax.axis_index(group.axes) - group.first) % group.owners
+    return place < group.count - group.full_slots * group.owners
 
 
-def _copied(group: Group, kind: Kind) -> tuple[str, ...]:
-    """The mesh axes over which a kind is replicated."""
-    sharded = {axis for axes in kind.over for axis in axes}
-    return tuple(axis for axis in group.axes if axis not in sharded)
+def deal(group: Group, x: Array) -> Array:
+    """Deals (count, ...) to the owners, (slots, owners, ...), padded with zeros.
 
-
-def _device_order(group: Group, kind: Kind) -> list[int]:
-    """Positions of the mesh axes: those of copies, then those of each matrix axis."""
-    order = [*_copied(group, kind), *(axis for axes in kind.over for axis in axes)]
-    return [group.axes.index(axis) for axis in order]
-
-
-def _share(group: Group, kind: Kind, x: Array) -> Array:
-    """What this device sends of pieces that others hold too: (count, share).
-
-    Devices that hold the same piece send equal shares of it.
+    Matrix i is in slot ``i // owners`` of owner ``(first + i) % owners``.
     """
-    count, size = x.shape[0], math.prod(kind.sizes)
-    copies = group.devices // kind.pieces
-    share = -(-size // copies)
-    flat = jnp.reshape(x, (count, size))
-    flat = jnp.pad(flat, [(0, 0), (0, share * copies - size)])
-    if copies == 1:
-        return flat
-    mine = lax.axis_index(_copied(group, kind))
-    grid = jnp.reshape(flat, (count, copies, share))
-    return lax.dynamic_index_in_dim(grid, mine, axis=1, keepdims=False)
+    slots = -(-x.shape[0] // group.owners)
+    missing = slots * group.owners - x.shape[0]
+    x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+    grid = jnp.reshape(x, (slots, group.owners, *x.shape[1:]))
+    return jnp.roll(grid, group.first, axis=1) if group.first else grid
 
 
-def _assembled(group: Group, kind: Kind, x: Array) -> Array:
-    """Whole units (slots, *axes) from shares (devices, slots, share)."""
-    slots, share = x.shape[1:]
-    size, copies = math.prod(kind.sizes), group.devices // kind.pieces
-    grid = jnp.reshape(x, (*group.sizes, slots, share))
-    order, k = _device_order(group, kind), len(group.sizes)
-    grid = jnp.transpose(grid, (k, *order, k + 1))
-    # (slots, copies, pieces, share) to (slots, pieces, copies, share)
-    grid = jnp.reshape(grid, (slots, copies, kind.pieces, share))
-    grid = jnp.reshape(jnp.swapaxes(grid, 1, 2), (slots, kind.pieces, copies * share))
-    grid = jnp.reshape(grid[..., :size], (slots, *kind.shards, *kind.sizes))
-    r = len(kind.sizes)
-    between = [axis for i in range(r) for axis in (1 + i, 1 + r + i)]
-    return jnp.reshape(jnp.transpose(grid, (0, *between)), (slots, *kind.whole))
+def _undeal(group: Group, grid: Array, count: int) -> Array:
+    """Returns (count, ...) in the order of the matrices: the inverse of `deal`."""
+    grid = jnp.roll(grid, -group.first, axis=1) if group.first else grid
+    return jnp.reshape(grid, (-1, *grid.shape[2:]))[:count]
 
 
-def _in_pieces(kind: Kind, x: Array) -> Array:
-    """Whole units (slots, *axes) as (slots, *shards, entries of a piece)."""
-    slots, r = x.shape[0], len(kind.sizes)
-    pairs = [i for pair in zip(kind.shards, kind.sizes, strict=True) for i in pair]
-    grid = jnp.reshape(x, (slots, *pairs))
-    order = (0, *range(1, 2 * r, 2), *range(2, 2 * r + 1, 2))
-    grid = jnp.transpose(grid, order)
-    return jnp.reshape(grid, (slots, *kind.shards, math.prod(kind.sizes)))
+def _by_axis(group: Group, grid: Array) -> Array:
+    """Returns (slots, owners, ...) with an axis for each mesh axis of the owners."""
+    return jnp.reshape(grid, (grid.shape[0], *group.axis_sizes, *grid.shape[2:]))
 
 
-def _for_all(group: Group, kind: Kind, x: Array) -> Array:
-    """(slots, *axes) as what goes to each device, (devices, slots, entries)."""
-    pieces = _in_pieces(kind, x)
-    slots, size = pieces.shape[0], pieces.shape[-1]
-    mesh = dict(zip(group.axes, group.sizes, strict=True))
-    copied = _copied(group, kind)
-    by_axis = [mesh[a] for axes in kind.over for a in axes]
-    grid = jnp.reshape(pieces, (slots, *[1] * len(copied), *by_axis, size))
-    shape = (slots, *[mesh[a] for a in copied], *by_axis, size)
-    grid = jnp.broadcast_to(grid, shape)
-    order = np.argsort(_device_order(group, kind))
-    grid = jnp.transpose(grid, (*(int(i) + 1 for i in order), 0, grid.ndim - 1))
-    return jnp.reshape(grid, (group.devices, slots, size))
+def _sharded_axes(group: Group) -> tuple[str, ...]:
+    """Returns the mesh axes that matrices are sharded over, in the mesh's order."""
+    used = {axis for axes in group.over for axis in axes}
+    return tuple(axis for axis in group.axes if axis in used)
 
 
-def _packed(arrays: Sequence[Array]) -> Array:
-    flat = [jnp.reshape(x, (x.shape[0], -1)) for x in arrays]
-    return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
+def _assembly(group: Group) -> tuple[int, ...]:
+    """Returns the order of (slots, *sharded mesh axes, *piece) that makes matrices.
+
+    Each axis of a piece comes right after the mesh axes that shard it.
+    """
+    sharded = _sharded_axes(group)
+    order = [0]
+    for i, axes in enumerate(group.over):
+        order += [1 + sharded.index(axis) for axis in axes]
+        order.append(1 + len(sharded) + i)
+    return tuple(order)
 
 
-def _unpacked(flat: Array, like: Sequence[Array]) -> list[Array]:
-    ends = np.cumsum([math.prod(x.shape[1:]) for x in like])
-    parts = jnp.split(flat, ends[:-1], axis=1)
-    return [
-        jnp.reshape(part, (-1, *x.shape[1:]))
-        for part, x in zip(parts, like, strict=True)
-    ]
+def exchange_count(group: Group) -> int:
+    """Returns the number of exchanges of one round."""
+    if group.owners == 1:
+        return 0
+    return 2 if group.pieces > 1 else 1
 
 
-def _all_to_all(group: Group, arrays: Sequence[Array]) -> list[Array]:
-    """One exchange of arrays (devices, ...): row i goes to device i."""
-    if not arrays:
-        return []
-    flat = lax.all_to_all(_packed(arrays), group.axes, 0, 0, tiled=True)
-    return _unpacked(flat, arrays)
+def exchanged_bytes(group: Group, itemsize: int) -> int:
+    """Returns the bytes that one device receives in the exchanges of all rounds."""
+    piece = math.prod(group.piece) * itemsize
+    inward, outward = group.pieces - 1, group.owners - 1
+    return group.slots * (inward + outward) * piece

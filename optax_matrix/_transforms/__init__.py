@@ -1,9 +1,16 @@
-"""Gradient transformations, one a file."""
+"""Gradient transformations, one per file."""
 
-from optax_matrix._transforms._preconditioner import Health, PreconditionState
-from optax_matrix._transforms._wide import wide_statistics
+from optax_matrix._transforms._eigenbases import SOAP
+from optax_matrix._transforms._kl import KL
+from optax_matrix._transforms._preconditioner import (
+    Health,
+    Preconditioner,
+    PreconditionState,
+)
+from optax_matrix._transforms._rule_of import rule_of
 from optax_matrix._transforms.add_cautious_weight_decay import add_cautious_weight_decay
 from optax_matrix._transforms.ema_momentum import EmaMomentumState, ema_momentum
+from optax_matrix._transforms.float32_statistics import float32_statistics
 from optax_matrix._transforms.floor_update_ratio import floor_update_ratio
 from optax_matrix._transforms.graft_to import GraftToState, graft_to
 from optax_matrix._transforms.hyperball_retract import (
@@ -28,26 +35,32 @@ from optax_matrix._transforms.scale_by_neuron_variance import (
     scale_by_neuron_variance,
 )
 from optax_matrix._transforms.scale_by_shape import ShapeScale, scale_by_shape
+from optax_matrix._transforms.scale_by_sign import scale_by_sign
 from optax_matrix._transforms.scale_by_variance import (
     ScaleByVarianceState,
     scale_by_variance,
 )
-from optax_matrix._transforms.shampoo_precondition import shampoo_precondition
+from optax_matrix._transforms.shampoo_precondition import Shampoo, shampoo_precondition
 from optax_matrix._transforms.soap_precondition import soap_precondition
 from optax_matrix._transforms.switch_at import SwitchAtState, switch_at
 
 __all__ = [
+    "KL",
+    "SOAP",
     "EmaMomentumState",
     "GraftToState",
     "Health",
     "HyperballRetractState",
     "PreconditionState",
+    "Preconditioner",
     "ScaleByNeuronVarianceState",
     "ScaleByVarianceState",
+    "Shampoo",
     "ShapeScale",
     "SwitchAtState",
     "add_cautious_weight_decay",
     "ema_momentum",
+    "float32_statistics",
     "floor_update_ratio",
     "graft_to",
     "hyperball_retract",
@@ -60,11 +73,12 @@ __all__ = [
     "orthogonalize_halley",
     "orthogonalize_newton_schulz",
     "precondition_then_orthogonalize",
+    "rule_of",
     "scale_by_neuron_variance",
     "scale_by_shape",
+    "scale_by_sign",
     "scale_by_variance",
     "shampoo_precondition",
     "soap_precondition",
     "switch_at",
-    "wide_statistics",
 ]

@@ -1,20 +1,54 @@
-"""What SOAP and the KL rules share: two bases a matrix, and moments in them."""
+"""What SOAP and the KL rules share: moments of a matrix in two eigenbases."""
 
-from typing import ClassVar, NamedTuple
+import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _linalg
-from optax_matrix._linalg import Parts
-from optax_matrix._placement import Scalars
 from optax_matrix._transforms import _numerics, _preconditioner
-from optax_matrix._transforms._preconditioner import Health
+from optax_matrix._transforms._preconditioner import Health, Preconditioner
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SOAP(Preconditioner):
+    r"""The settings of `soap_precondition` and of the optimizers that use it.
+
+    Args:
+      factor_b2: Decay of the two statistics, in [0, 1). None is the ``b2`` of the
+        second moment.
+      stagger: See `Preconditioner`, as the following.
+      block_size: See `Preconditioner`.
+      max_dim: See `Preconditioner`; such a side keeps the identity for its basis.
+      max_failures: See `Preconditioner`.
+      factor_dtype: See `Preconditioner`.
+      precision: See `Preconditioner`.
+
+    Raises:
+      TypeError: If a count is not an int.
+      ValueError: If an argument is outside its range.
+
+    Example:
+      >>> settings = SOAP(stagger=True, block_size=1024)
+    """
+
+    factor_b2: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the arguments and stores them in a hashable form."""
+        super().__post_init__()
+        if self.factor_b2 is not None:
+            self._store_number("factor_b2", 1.0)
+
+    def sides(self, m: int, n: int) -> tuple[bool, bool]:
+        """Returns which sides of an m×n matrix have a basis."""
+        return m <= self.max_dim, n <= self.max_dim
 
 
 class Side(NamedTuple):
-    """What is known of one side of a matrix."""
+    """State of one side of a matrix."""
 
     statistic: Array  # L or R, (m, m)
     basis: Array  # Q, its eigenvectors, (m, m); zero before the first refresh
@@ -24,7 +58,7 @@ class Side(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Moments of a matrix in the two bases, and these; None is the identity."""
+    """Moments of a matrix in its two bases; None for a side is the identity."""
 
     momentum: Array  # (m, n)
     variance: Array | None  # (m, n)
@@ -32,178 +66,100 @@ class Moments(NamedTuple):
     right: Side | None
 
 
-def side(size: int, dtype: str) -> Side:
-    """A side of which nothing is known yet."""
-    zeros = jnp.zeros((size, size), dtype)
-    return Side(zeros, zeros, None, _preconditioner.healthy())
-
-
-def rotated_left(x: Array, left: Side | None, precision: str, parts: Parts) -> Array:
-    """This part's rows of Q_Lᵀ x, of the whole x."""
-    if left is None:
-        return parts.own(x)
-    basis = _basis(left, x, parts)
-    return jnp.matmul(parts.own(basis.T), x, precision=precision)
-
-
-def rotated_right(
-    rows: Array, right: Side | None, precision: str, parts: Parts
-) -> Array:
-    """x Q_R of some rows."""
-    if right is None:
-        return rows
-    return jnp.matmul(rows, _basis(right, rows, parts), precision=precision)
-
-
-def rotated_back(
-    rows: Array,
-    left: Side | None,
-    right: Side | None,
-    precision: str,
-    parts: Parts,
-) -> Array:
-    """This part's rows of Q_L x Q_Rᵀ, of its rows of x."""
-    if right is not None:
-        basis = _basis(right, rows, parts)
-        rows = jnp.matmul(rows, basis.T, precision=precision)
-    if left is not None:
-        whole = parts.gather(rows, left.basis.shape[-1])
-        rows = jnp.matmul(left.basis.astype(rows.dtype), whole, precision=precision)
-    return rows
-
-
-def _basis(side: Side, like: Array, parts: Parts) -> Array:
-    return parts.gather(side.basis, side.basis.shape[-1]).astype(like.dtype)
-
-
-class Prepared(NamedTuple):
-    """What a new basis of a side is made of, all of it."""
-
-    matrix: Array  # to be factorized
-    old: Array  # the basis so far
-    order: Array  # where the columns of the new one were in it
-
-
-Sides = tuple[Prepared | None, Prepared | None]
-
-
-def prepared(
-    side: Side | None, first: bool, sort: bool, parts: Parts
-) -> Prepared | None:
-    """Of a first basis, or of one that is moved by a power step."""
-    if side is None:
-        return None
-    statistic, old = _whole(side.statistic, parts), _whole(side.basis, parts)
-    if first:
-        # Nothing can be kept yet.
-        eye = jnp.eye(old.shape[-1], dtype=old.dtype)
-        return Prepared(statistic, eye, jnp.arange(old.shape[-1]))
-    product, order = _linalg.power_product(statistic, old, sort, parts)
-    return Prepared(product, old, order)
-
-
-def factored(given: Prepared | None, first: bool) -> Array | None:
-    """The new basis: eigenvectors at first, and then the Q factor."""
-    if given is None:
-        return None
-    return (_linalg.eigenbasis if first else _linalg.q_factor)(given.matrix)
-
-
-def renewed(
-    side: Side | None,
-    given: Prepared | None,
-    found: Array | None,
-    max_failures: ArrayLike,
-    parts: Parts,
-) -> tuple[Side | None, Array | None]:
-    """With its new basis if that is finite, and where its columns were before."""
-    if side is None or given is None or found is None:
-        return None, None
-    good = jnp.all(jnp.isfinite(found))
-    basis = parts.own(jnp.where(good, found, given.old)).astype(side.basis.dtype)
-    health = _preconditioner.after_refresh(side.health, good, max_failures)
-    order = jnp.where(good, given.order, jnp.arange(given.order.shape[-1]))
-    return side._replace(basis=basis, health=health), order
-
-
+@dataclasses.dataclass(frozen=True)
 class InBases:
-    """What rules with two bases have in common: how these are refreshed.
+    """The part of a rule that SOAP and the KL rules have in common."""
 
-    Attributes:
-      sort: Whether the columns of a basis are ordered by eigenvalue.
-    """
+    settings: SOAP
+    mu_dtype: str | None
 
-    sort: ClassVar[bool]
+    def side(self, size: int, kept: bool, dtype: DTypeLike) -> Side | None:
+        """Returns a side with zero statistics and basis."""
+        if not kept:
+            return None
+        zeros = jnp.zeros((size, size), self.settings.factor_dtype or dtype)
+        return Side(zeros, zeros, None, _preconditioner.healthy())
 
-    def prepare(
-        self, state: Moments, scalars: Scalars, first: bool, parts: Parts
-    ) -> Sides:
-        """The statistics at first, and then these times the bases."""
-        del scalars
-        return (
-            prepared(state.left, first, self.sort, parts),
-            prepared(state.right, first, self.sort, parts),
-        )
-
-    def factor(
-        self, given: Sides, scalars: Scalars, first: bool
-    ) -> tuple[Array | None, Array | None]:
-        """The new bases."""
-        del scalars
-        left, right = given
-        return factored(left, first), factored(right, first)
-
-    def after(self, x: Array, state: Moments, scalars: Scalars, parts: Parts) -> Array:
-        """The update as it is: a refresh shows from the next one on."""
-        del state, scalars, parts
+    def rotated(self, x: Array, left: Side | None, right: Side | None) -> Array:
+        """Returns Q_Lᵀ x Q_R."""
+        if left is not None:
+            x = self.product(left.basis.astype(x.dtype).T, x)
+        if right is not None:
+            x = self.product(x, right.basis.astype(x.dtype))
         return x
 
+    def rotated_back(self, x: Array, left: Side | None, right: Side | None) -> Array:
+        """Returns Q_L x Q_Rᵀ."""
+        if right is not None:
+            x = self.product(x, right.basis.astype(x.dtype).T)
+        if left is not None:
+            x = self.product(left.basis.astype(x.dtype), x)
+        return x
 
-def both_renewed(
-    state: Moments,
-    given: Sides,
-    found: tuple[Array | None, Array | None],
-    max_failures: ArrayLike,
-    parts: Parts,
-) -> tuple[tuple[Side | None, Array | None], tuple[Side | None, Array | None]]:
-    """`renewed` of both sides."""
-    return (
-        renewed(state.left, given[0], found[0], max_failures, parts),
-        renewed(state.right, given[1], found[1], max_failures, parts),
-    )
+    def product(self, x: Array, y: Array) -> Array:
+        """Returns a matmul of the precision that was asked for."""
+        return jnp.matmul(x, y, precision=self.settings.precision)
 
+    def observed(self, side: Side, outer: Array, decay: ArrayLike) -> Side:
+        """Returns the side with one more outer product in the average."""
+        statistic = average(side.statistic, outer, decay)
+        return side._replace(statistic=statistic.astype(side.statistic.dtype))
 
-def carried(
-    momentum: Array,
-    old: tuple[Side | None, Side | None],
-    new: tuple[Side | None, Side | None],
-    precision: str,
-    parts: Parts,
-) -> Array:
-    """This part's rows of a momentum in the old bases, in the new ones."""
-    left, right = new
-    rows = rotated_back(_wide(momentum), *old, precision, parts)
-    if left is not None:
-        whole = parts.gather(rows, left.basis.shape[-1])
-        rows = rotated_left(whole, left, precision, parts)
-    rows = rotated_right(rows, right, precision, parts)
-    return rows.astype(momentum.dtype)
+    def renewed(
+        self, side: Side | None, first: bool, sort: bool
+    ) -> tuple[Side | None, Array | None]:
+        """Refreshes a basis: by eigenvectors at first, then by one power step.
 
+        Args:
+          side: The side.
+          first: Whether this is the first basis.
+          sort: Whether the columns are ordered by eigenvalue.
 
-def refresh_flops(m: int, n: int, max_dim: int) -> float:
-    """About what a power step costs: a product and a QR factorization a side."""
-    return float(sum(size**3 for size in (m, n) if size <= max_dim))
+        Returns:
+          The side, with the last good basis if the new one is not finite; and the
+          positions that the columns had in the basis before.
+        """
+        if side is None:
+            return None, None
+        statistic, old = _wide(side.statistic), _wide(side.basis)
+        same = jnp.arange(old.shape[-1])
+        if first:
+            # There is no last good basis yet.
+            old, order = jnp.eye(old.shape[-1], dtype=old.dtype), same
+            new = _linalg.eigenbasis(statistic)
+        else:
+            product, order = _linalg.power_product(statistic, old, sort)
+            new = _linalg.q_factor(product)
+        good = jnp.all(jnp.isfinite(new))
+        basis = jnp.where(good, new, old).astype(side.basis.dtype)
+        health = _preconditioner.after_refresh(
+            side.health, good, self.settings.max_failures
+        )
+        return (
+            side._replace(basis=basis, health=health),
+            jnp.where(good, order, same),
+        )
+
+    def carried(self, state: Moments, left: Side | None, right: Side | None) -> Array:
+        """Returns the momentum in new bases."""
+        momentum = self.rotated_back(_wide(state.momentum), state.left, state.right)
+        return self.rotated(momentum, left, right).astype(state.momentum.dtype)
+
+    def apply(self, direction: Array, state: Moments) -> Array:
+        """Returns the direction: a refresh acts from the next update on."""
+        del state
+        return direction
+
+    def refresh_flops(self, m: int, n: int) -> float:
+        """Returns about the cost of a power step: a product and a QR per side."""
+        kept = zip((m, n), self.settings.sides(m, n), strict=True)
+        return float(sum(size**3 for size, side in kept if side))
 
 
 def average(old: Array, new: Array, decay: ArrayLike) -> Array:
-    """A moving average in the dtype of what is new."""
+    """Returns a moving average in the dtype of `new`."""
     return _numerics.moving_average(old.astype(new.dtype), new, decay)
 
 
 def _wide(x: Array) -> Array:
     return x.astype(_linalg.at_least_float32(x.dtype))
-
-
-def _whole(rows: Array, parts: Parts) -> Array:
-    """All of a square array of the state, to calculate with."""
-    return _wide(parts.gather(rows, rows.shape[-1]))

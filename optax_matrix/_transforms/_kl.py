@@ -1,7 +1,6 @@
 """Statistics that minimize a Kullback-Leibler divergence: KL-SOAP and KL-Shampoo."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -9,197 +8,180 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _check, _layout, _placement
-from optax_matrix._linalg import Parts, Traffic
-from optax_matrix._transforms import _eigenbases, _numerics, _preconditioner
-from optax_matrix._transforms._eigenbases import InBases, Moments, Side, Sides
+from optax_matrix._transforms import _arguments, _eigenbases, _numerics, _preconditioner
+from optax_matrix._transforms._eigenbases import SOAP, InBases, Moments, Side
+from optax_matrix._transforms._preconditioner import Scalars
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KL(SOAP):
+    r"""The settings of `kl_soap_precondition` and `kl_shampoo_precondition`.
+
+    Args:
+      initial: What all eigenvalues start from, positive.
+      max_scale: The largest :math:`\lambda^{-1/2}`, positive. That of a side of m
+        entries is the smaller of this and m, but at least 10.
+      factor_b2: Decay of the two statistics and of the eigenvalues, in [0, 1). None is
+        the ``b2`` of the transformation.
+      stagger: See `Preconditioner`, as the following.
+      block_size: See `Preconditioner`.
+      max_dim: See `Preconditioner`; such a side keeps the identity for its basis.
+      max_failures: See `Preconditioner`.
+      factor_dtype: See `Preconditioner`.
+      precision: See `Preconditioner`.
+
+    Raises:
+      TypeError: If a count is not an int.
+      ValueError: If an argument is outside its range.
+    """
+
+    initial: float = 0.1
+    max_scale: float = 4000.0
+
+    def __post_init__(self) -> None:
+        """Checks the arguments and stores them in a hashable form."""
+        super().__post_init__()
+        self._store_number("initial", low_open=True)
+        self._store_number("max_scale", low_open=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class KLRule(InBases):
     """KL-SOAP, or KL-Shampoo without a variance, for one matrix."""
 
-    sort = False
-
+    settings: KL
     with_variance: bool
-    max_dim: int
-    moment_dtype: str | None
-    factor_dtype: str | None
-    precision: str
 
     def init(self, m: int, n: int, dtype: DTypeLike) -> Moments:
-        """Nothing seen."""
-        own = jnp.dtype(dtype).name
+        """Returns zero moments, statistics, bases and scales."""
+        left, right = (
+            side and side._replace(scale=jnp.zeros(side.basis.shape[:1], dtype))
+            for side in (
+                self.side(size, kept, dtype)
+                for size, kept in zip((m, n), self.settings.sides(m, n), strict=True)
+            )
+        )
+        zeros = jnp.zeros((m, n), self.mu_dtype or dtype)
+        return Moments(zeros, zeros if self.with_variance else None, left, right)
 
-        def side(size: int) -> Side | None:
-            if size > self.max_dim:
-                return None
-            plain = _eigenbases.side(size, self.factor_dtype or own)
-            scale = jnp.zeros((size,), own)
-            return plain._replace(scale=scale)
-
-        zeros = jnp.zeros((m, n), self.moment_dtype or own)
-        return Moments(zeros, zeros if self.with_variance else None, side(m), side(n))
-
-    def before(
-        self, x: Array, state: Moments, scalars: _placement.Scalars, parts: Parts
+    def observe(
+        self, g: Array, state: Moments, scalars: Scalars
     ) -> tuple[Array, Moments]:
-        """The step with what is known so far, then the statistics with this update."""
-        g = _numerics.wide(x)
-        (m, _), left, right = g.shape, state.left, state.right
+        """Takes the step in the present bases, then averages the statistics."""
+        g, left, right = _numerics.wide(g), state.left, state.right
         first = scalars["count"] == 0
-        # What is not said to be whole is this part's rows.
-        across = _eigenbases.rotated_right(parts.own(g), right, self.precision, parts)
-        whole = parts.gather(across, m)
-        inside = across
-        if left is not None:
-            inside = _eigenbases.rotated_left(whole, left, self.precision, parts)
-        # The moments do not see the first gradient, and so the first update is zero;
-        # a product, so that it is NaN if the gradient is.
+        across, down = self.rotated(g, None, right), self.rotated(g, left, None)
+        # The moments do not see the first gradient, so the first update is zero; it is
+        # multiplied so that it is NaN if the gradient is.
+        inside = self.rotated(across, left, None)
         inside = inside * (scalars["count"] > 0).astype(g.dtype)
-        momentum = _eigenbases.average(state.momentum, inside, scalars["b1"])
+        momentum = _eigenbases.average(state.momentum, inside, scalars["momentum"])
         eps = _numerics.as_scalar(scalars["eps"], g)
-        by_left, by_right = _scale(left, g), _all(right, g, parts).T
+        by_left, by_right = _scale(left, g)[:, None], _scale(right, g)[None]
         if state.variance is None:
             variance = None
             scale = by_left * by_right
             direction = momentum * scale / (1 + eps * scale)
         else:
-            squares = jnp.square(inside)
-            wide = _eigenbases.average(state.variance, squares, scalars["b2"])
+            wide = _eigenbases.average(
+                state.variance, jnp.square(inside), scalars["b2"]
+            )
             direction = momentum / (jnp.sqrt(wide) + eps)
             variance = wide.astype(state.variance.dtype)
-        update = _eigenbases.rotated_back(direction, left, right, self.precision, parts)
 
-        down = _eigenbases.rotated_left(g, left, self.precision, parts)
-        # Of the first gradient, while nothing is known of the other side.
-        for_left = jnp.where(first, g, whole * by_right)
-        for_right = jnp.where(first, g, parts.gather(down * by_left, m))
-        of_left = jnp.mean(jnp.square(inside * by_right), axis=1, keepdims=True)
-        of_right = jnp.sum(jnp.square(inside * by_left), axis=0, keepdims=True)
-        of_right = parts.own(parts.sum(of_right).T / m)
-        new_left = self._observed(left, for_left, of_left, scalars, parts)
-        new_right = self._observed(right, for_right.T, of_right, scalars, parts)
-        momentum = momentum.astype(state.momentum.dtype)
-        return update, Moments(momentum, variance, new_left, new_right)
+        # Nothing is known of the other side when the first gradient is seen.
+        for_left = jnp.where(first, g, across * by_right)
+        for_right = jnp.where(first, g, down * by_left).T
+        of_left = jnp.mean(jnp.square(inside * by_right), axis=1)
+        of_right = jnp.mean(jnp.square(inside * by_left), axis=0)
+        return self.rotated_back(direction, left, right), Moments(
+            momentum.astype(state.momentum.dtype),
+            variance,
+            self._scaled(left, for_left, of_left, scalars),
+            self._scaled(right, for_right, of_right, scalars),
+        )
 
-    def _observed(
-        self,
-        side: Side | None,
-        half: Array,
-        values: Array,
-        scalars: _placement.Scalars,
-        parts: Parts,
+    def _scaled(
+        self, side: Side | None, half: Array, values: Array, scalars: Scalars
     ) -> Side | None:
-        """A side with one more statistic H Hᵀ / n, H being m×n, and eigenvalues."""
+        """Returns the side with H Hᵀ / n, H being m×n, and eigenvalues averaged in."""
         if side is None:
             return None
         (size, n), decay = half.shape, scalars["factor_b2"]
-        outer = jnp.matmul(parts.own(half), half.T, precision=self.precision) / n
-        statistic = _eigenbases.average(side.statistic, outer, decay)
+        side = self.observed(side, self.product(half, half.T) / n, decay)
         known = jnp.square(_scale(side, half))
         known = jnp.where(known > 0, 1 / jnp.where(known > 0, known, 1), 0)
         values = _eigenbases.average(known, values, decay)
         scale = jnp.where(values > 0, 1 / jnp.sqrt(jnp.where(values > 0, values, 1)), 0)
-        largest = _numerics.as_scalar(scalars["max_scale"], half)
-        limit = jnp.maximum(10, jnp.minimum(size, largest))
-        return side._replace(
-            statistic=statistic.astype(side.statistic.dtype),
-            scale=jnp.minimum(scale, limit)[:, 0],
-        )
+        limit = max(10.0, min(float(size), self.settings.max_scale))
+        return side._replace(scale=jnp.minimum(scale, limit))
 
-    def finish(
-        self,
-        state: Moments,
-        given: Sides,
-        found: Any,
-        scalars: _placement.Scalars,
-        first: bool,
-        parts: Parts,
-    ) -> Moments:
-        """The bases, and the momentum in them; at first all eigenvalues are alike."""
-        (left, _), (right, _) = _eigenbases.both_renewed(
-            state, given, found, scalars["max_failures"], parts
-        )
+    def refresh(self, state: Moments, scalars: Scalars, first: bool) -> Moments:
+        """Refreshes both bases, and takes the momentum into them."""
+        del scalars
+        left, _ = self.renewed(state.left, first, sort=False)
+        right, _ = self.renewed(state.right, first, sort=False)
         if first:
-            alike = scalars["initial"] ** -0.5
-            return state._replace(left=_level(left, alike), right=_level(right, alike))
-        old, new = (state.left, state.right), (left, right)
-        momentum = _eigenbases.carried(state.momentum, old, new, self.precision, parts)
+            return state._replace(left=self._level(left), right=self._level(right))
+        momentum = self.carried(state, left, right)
         return Moments(momentum, state.variance, left, right)
 
-    def flops(self, m: int, n: int, parts: int = 1) -> int:
-        """Of statistics, the rotations there and back, and those of one side alone."""
-        sides = m <= self.max_dim, n <= self.max_dim
-        one = sides[0] * 2 * -(-m // parts) * m * n
-        return _preconditioner.update_flops(m, n, sides, 2, parts) + one
+    def _level(self, side: Side | None) -> Side | None:
+        """Returns the side with all eigenvalues at their initial value."""
+        if side is None or side.scale is None:
+            return None
+        scale = jnp.full_like(side.scale, self.settings.initial**-0.5)
+        return side._replace(scale=scale)
 
-    def traffic(self, m: int, n: int, parts: int, dtype: DTypeLike) -> Traffic:
-        """Bases, the momentum between the rotations back, and what is of one side."""
-        sides = m <= self.max_dim, n <= self.max_dim
-        between = 2 * sides[0] + sides[1]
-        return _preconditioner.update_traffic(
-            m, n, sides, between, parts, dtype, self.factor_dtype
-        )
+    def flops(self, m: int, n: int) -> int:
+        """Returns the FLOPs of the statistics and of the rotations.
 
-    def refresh_cost(self, m: int, n: int) -> float:
-        """See `_eigenbases.refresh_flops`."""
-        return _eigenbases.refresh_flops(m, n, self.max_dim)
-
-
-def _level(side: Side | None, scale: Array) -> Side | None:
-    if side is None or side.scale is None:
-        return None
-    return side._replace(scale=jnp.full_like(side.scale, scale))
+        If there are two sides, one of them is also rotated by itself.
+        """
+        sides = self.settings.sides(m, n)
+        own = 2 * m * m * n if all(sides) else 0
+        return _preconditioner.update_flops(m, n, sides, 2) + own
 
 
 def _scale(side: Side | None, like: Array) -> Array:
-    """Inverse square roots of eigenvalues, a column; 1 for a side that is left out."""
+    """Returns the inverse roots of eigenvalues, (m,); 1 for a side without a basis."""
     if side is None or side.scale is None:
-        return jnp.ones((1, 1), like.dtype)
-    return side.scale[:, None].astype(like.dtype)
-
-
-def _all(side: Side | None, like: Array, parts: Parts) -> Array:
-    """`_scale` of the whole side."""
-    if side is None:
-        return _scale(side, like)
-    return parts.gather(_scale(side, like), side.basis.shape[-1])
+        return jnp.ones((1,), like.dtype)
+    return side.scale.astype(like.dtype)
 
 
 def kl_transformation(
     with_variance: bool,
-    scalars: dict[str, ArrayLike],
+    momentum: ArrayLike,
+    b2: ArrayLike,
     *,
-    refresh: int,
-    stagger: bool,
-    block_size: int | None,
-    max_dim: int,
-    moment_dtype: DTypeLike | None,
-    factor_dtype: DTypeLike | None,
-    precision: str,
+    eps: ArrayLike,
+    refresh: ArrayLike,
+    preconditioner: KL,
+    mu_dtype: DTypeLike | None,
     layout: _layout.Layout,
     placement: _placement.Placement | None,
 ) -> optax.GradientTransformationExtraArgs:
     """Checks the arguments and makes the transformation."""
-    for name in ("b1", "b2", "factor_b2"):
-        _check.in_range(name, scalars[name], 0.0, 1.0)
-    for name in ("eps", "initial", "max_scale"):
-        _check.in_range(name, scalars[name], 0.0, low_open=True)
-    _check.in_range("max_failures", scalars["max_failures"], 1)
-    _preconditioner.check_sizes(max_dim, block_size)
-    _check.one_of("precision", precision, ("default", "high", "highest"))
-    rule = KLRule(
-        with_variance,
-        max_dim,
-        _preconditioner.as_state_dtype("moment_dtype", moment_dtype),
-        _preconditioner.as_state_dtype("factor_dtype", factor_dtype),
-        precision,
-    )
+    for name, value in (("momentum", momentum), ("b2", b2)):
+        _arguments.number(name, value, 0.0, 1.0)
+    _arguments.number("eps", eps, 0.0, low_open=True)
+    _preconditioner.check_refresh(refresh, 0)
+    _check.instance("preconditioner", preconditioner, KL)
+    mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
+    factor_b2 = preconditioner.factor_b2
+    scalars = {
+        "momentum": momentum,
+        "b2": b2,
+        "factor_b2": b2 if factor_b2 is None else factor_b2,
+        "eps": eps,
+        "start": 0,
+        "refresh": refresh,
+    }
     return _preconditioner.per_matrix(
-        rule,
-        _preconditioner.as_cadence(0, refresh, stagger),
+        KLRule(preconditioner, mu_dtype, with_variance),
+        preconditioner,
         scalars,
-        block_size=block_size,
         layout=layout,
         placement=placement,
     )

@@ -1,4 +1,4 @@
-"""Arithmetic that several transforms share: dtypes, averages, per-matrix norms."""
+"""Arithmetic that transformations share: dtypes, averages and norms of matrices."""
 
 from typing import Any
 
@@ -12,47 +12,55 @@ from optax_matrix._layout import MatrixView
 
 
 def wide(x: jax.Array) -> jax.Array:
-    """`x` in the dtype of statistics: float32, or float64 if `x` is float64."""
+    """Returns `x` in the dtype of statistics: float32, or float64 for float64."""
     return x.astype(wide_dtype(x))
 
 
 def wide_dtype(x: Any) -> Any:
-    """The dtype of statistics about `x`."""
+    """Returns the dtype of statistics about `x`."""
     return _linalg.at_least_float32(x.dtype)
 
 
 def as_scalar(value: ArrayLike, like: jax.Array) -> jax.Array:
-    """A hyperparameter in the dtype it is used in; it may be traced or float32."""
+    """Returns a hyperparameter, which may be traced, in the dtype of `like`."""
     return jnp.asarray(value, like.dtype)
 
 
 def next_count(count: jax.Array) -> jax.Array:
-    """The number of updates with this one, stopping at the largest int32."""
+    """Returns `count + 1`, or `count` at the largest int32."""
     return jnp.asarray(optax.safe_increment(count))
 
 
 def moving_average(old: jax.Array, new: jax.Array, decay: ArrayLike) -> jax.Array:
-    """`decay * old + (1 - decay) * new`."""
+    """Returns `decay * old + (1 - decay) * new`."""
     decay = as_scalar(decay, new)
     return decay * old + (1 - decay) * new
 
 
 def bias_correction(decay: ArrayLike, count: jax.Array, like: jax.Array) -> jax.Array:
-    """`1 - decay**count`: the weight a zero-started average of `count` terms has."""
+    """Returns `1 - decay**count`, the sum of the weights of an average from zero."""
     return 1 - as_scalar(decay, like) ** count.astype(like.dtype)
 
 
-def frobenius(view: MatrixView, x: jax.Array) -> jax.Array:
-    """Frobenius norm of each matrix of `x`, in `view.sum`'s shape.
+def norm(view: MatrixView, x: jax.Array) -> jax.Array:
+    """Returns the Frobenius norm of each matrix of `x`, in the shape of `view.sum`.
 
-    Divides by each matrix's largest entry first: in float32 the squares of 1e-30 or
-    1e30 would underflow or overflow.
+    For parameters and orthogonalized updates: squares of entries below 1e-19 or above
+    1e19 are lost in float32.
+    """
+    return jnp.sqrt(view.sum(jnp.square(x)))
+
+
+def safe_norm(view: MatrixView, x: jax.Array) -> jax.Array:
+    """Returns the Frobenius norm of each matrix for entries from 1e-30 to 1e30.
+
+    Divides by the largest entry first, which costs another pass.
     """
     largest = view.max(jnp.abs(x))
     unit = jnp.where(largest > 0, largest, 1)
-    return unit * jnp.sqrt(view.sum(jnp.square(x / view.expand(unit))))
+    return unit * norm(view, x / view.expand(unit))
 
 
 def divide_or_zero(x: jax.Array, by: jax.Array) -> jax.Array:
-    """`x / by`, and 0 where `by` is 0."""
+    """Returns `x / by`, and 0 where `by` is 0."""
     return jnp.where(by == 0, 0, x / jnp.where(by == 0, 1, by))

@@ -1,156 +1,278 @@
-"""The frame of the preconditioners: a rule for one matrix, applied to all of a tree."""
+"""What the preconditioners share: settings, state, and when it is refreshed."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_matrix import _check, _layout, _linalg, _placement
-from optax_matrix._linalg import Traffic
-from optax_matrix._transforms import _numerics
+from optax_matrix import _check, _layout, _placement
+from optax_matrix._transforms import _arguments, _numerics
+
+Scalars = Mapping[str, Array]
 
 
 class PreconditionState(NamedTuple):
     """State of the preconditioners."""
 
     count: jax.Array  # int32, updates seen so far
-    # By shape, the state of every matrix of it; first axes are spread over devices.
-    matrices: dict[str, Any]
+    # By shape, a `MatrixStack` with the state of every matrix of the shape.
+    matrices: Any
 
 
 class Health(NamedTuple):
-    """How the refreshes of a root or a basis went."""
+    """How the refreshes of one root or basis went."""
 
-    failures: jax.Array  # int32, failed in a row; the last good result is in use
-    stuck: jax.Array  # bool, whether they ever were `max_failures`
-
-
-def healthy() -> Health:
-    """Of a side that was never refreshed."""
-    return Health(jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+    failures: jax.Array  # int32, consecutive failures; the last good result is in use
+    stuck: jax.Array  # bool, whether there ever were `max_failures` in a row
 
 
-def after_refresh(health: Health, good: jax.Array, max_failures: ArrayLike) -> Health:
-    """With one more refresh, which was good or failed."""
-    failures = jnp.where(good, 0, health.failures + 1)
-    return Health(failures, health.stuck | (failures >= max_failures))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preconditioner:
+    """The settings that all preconditioners have.
+
+    Args:
+      stagger: Whether every matrix is refreshed in an update of its own, spread evenly
+        over ``refresh`` updates, instead of all matrices in the same one. The first
+        refresh is always of all matrices.
+      block_size: The largest block, at least 1. Longer sides are cut into blocks of
+        this size, the last one smaller, and each block is a matrix of its own. None:
+        whole matrices.
+      max_dim: Sides (of a block) longer than this have no statistic.
+      max_failures: After this many failed refreshes in a row, ``stuck`` in the state is
+        set permanently; see `diagnostics.refreshes`.
+      factor_dtype: The dtype of statistics, roots and bases in the state: bfloat16,
+        float32 or float64. None is float32, and float64 for float64 updates. In
+        bfloat16 bases are orthogonal to three digits only.
+      precision: The precision of the matmuls of every update: ``"default"``, ``"high"``
+        or ``"highest"``. Refreshes always use the highest.
+
+    Raises:
+      TypeError: If a count is not an int.
+      ValueError: If an argument is outside its range.
+    """
+
+    stagger: bool = False
+    block_size: int | None = None
+    max_dim: int = 10_000
+    max_failures: int = 3
+    factor_dtype: DTypeLike | None = None
+    precision: str = "highest"
+
+    def __post_init__(self) -> None:
+        """Checks the arguments and stores them in a hashable form."""
+        _check.boolean("stagger", self.stagger)
+        _check.static_int("max_dim", self.max_dim, 1)
+        _check.static_int("max_failures", self.max_failures, 1)
+        if self.block_size is not None:
+            _check.static_int("block_size", self.block_size, 1)
+        _check.one_of("precision", self.precision, ("default", "high", "highest"))
+        dtype = _arguments.state_dtype("factor_dtype", self.factor_dtype)
+        object.__setattr__(self, "factor_dtype", dtype)
+
+    def _store_number(self, name: str, high: float = math.inf, **bounds: bool) -> None:
+        """Checks a number from 0 to `high`, and stores it as a Python float."""
+        value = getattr(self, name)
+        _arguments.number(name, value, 0.0, high, **bounds)
+        object.__setattr__(self, name, float(value))
+
+
+class MatrixRule(Protocol):
+    """What a preconditioner does to one matrix; hashable.
+
+    An update is `observe`, then `refresh` if it is due, then `apply`. Hyperparameters
+    come in `scalars` and may be traced; ``count`` is the number of earlier updates.
+    """
+
+    def init(self, m: int, n: int, dtype: DTypeLike) -> Any:
+        """Returns the state of an m×n matrix."""
+        ...
+
+    def observe(self, g: Array, state: Any, scalars: Scalars) -> tuple[Array, Any]:
+        """Returns the direction for `apply`, and the state that has seen `g`."""
+        ...
+
+    def refresh(self, state: Any, scalars: Scalars, first: bool) -> Any:
+        """Returns the state with new roots or bases; `first` for the first refresh."""
+        ...
+
+    def apply(self, direction: Array, state: Any) -> Array:
+        """Returns the update."""
+        ...
+
+    def flops(self, m: int, n: int) -> int:
+        """Returns the matmul FLOPs of an update of one matrix without a refresh."""
+        ...
+
+    def refresh_flops(self, m: int, n: int) -> float:
+        """Returns what a refresh costs, relative to those of other shapes."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Precondition:
+    """Applies a rule to the matrices of one shape; the work of `map_matrices`."""
+
+    rule: MatrixRule
+    stagger: bool
+    counts: tuple[tuple[tuple[int, int], int], ...]  # of all matrices, by shape
+    stack_size: int | None
+
+    def __call__(
+        self,
+        arrays: Sequence[Array],
+        state: _placement.MatrixStack,
+        scalars: Scalars,
+    ) -> tuple[list[Array], _placement.MatrixStack]:
+        """Returns the updates and the new states."""
+        x, rule = _placement.concatenated(arrays), self.rule
+        (m, n), (numbers, old) = x.shape[-2:], state
+        size = self.stack_size or _placement.stack_size(m, n)
+
+        def observe(g: Array, one: Any) -> tuple[Array, Any]:
+            return rule.observe(g, one, scalars)
+
+        direction, seen = _placement.map_stack(observe, (x, old), size)
+        due = self._due(numbers, (m, n), scalars)
+
+        def refreshed(ones: Any) -> Any:
+            branches = [
+                lambda one: one,
+                lambda one: rule.refresh(one, scalars, first=False),
+                lambda one: rule.refresh(one, scalars, first=True),
+            ]
+            # One matrix after another: a factorization gains nothing from a batch, and
+            # most matrices are not due.
+            return jax.lax.map(
+                lambda pair: jax.lax.switch(pair[0], branches, pair[1]), (due, ones)
+            )
+
+        new = jax.lax.cond(jnp.any(due > 0), refreshed, lambda ones: ones, seen)
+        y = _placement.map_stack(rule.apply, (direction, new), size)
+        done = _placement.split_like(y.astype(x.dtype), arrays)
+        return done, _placement.MatrixStack(numbers, new)
+
+    def _due(self, numbers: Array, shape: tuple[int, ...], scalars: Scalars) -> Array:
+        """Returns for every matrix 0, or 1 if it is due, or 2 for its first refresh."""
+        since, every = scalars["count"] - scalars["start"], scalars["refresh"]
+        turn = jnp.zeros_like(numbers)
+        if self.stagger:
+            positions = jnp.asarray(self._positions()[shape], jnp.float32)
+            turn = jnp.floor(positions[numbers] * every).astype(numbers.dtype)
+        later = (since > 0) & (since % every == turn)
+        due = jnp.where(since == 0, 2, jnp.where(later, 1, 0))
+        return jnp.where(numbers < 0, 0, due)
+
+    def _positions(self) -> dict[tuple[int, ...], np.ndarray]:
+        """Returns when each matrix of a shape is refreshed, in [0, 1) of a period.
+
+        All matrices stand in a line, each as long as its refresh costs, so that every
+        update does an equal share, and neighbours, who have different owners, are
+        refreshed together. It does not depend on the mesh.
+        """
+        costs = [
+            np.full(count, self.rule.refresh_flops(*shape))
+            for shape, count in self.counts
+        ]
+        line = np.concatenate(costs)
+        total = line.sum() or 1.0
+        middles = (np.cumsum(line) - line / 2) / total
+        ends = np.cumsum([count for _, count in self.counts])[:-1]
+        shapes = [shape for shape, _ in self.counts]
+        return dict(zip(shapes, np.split(middles, ends), strict=True))
 
 
 def per_matrix(
-    rule: _placement.MatrixRule,
-    cadence: _placement.Cadence,
+    rule: MatrixRule,
+    settings: Preconditioner,
     scalars: Mapping[str, ArrayLike],
     *,
-    block_size: int | None,
     layout: _layout.Layout,
     placement: _placement.Placement | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation that applies `rule` to every matrix, or block of one."""
-    place = placement or _placement.Placement()
+    """Returns the transformation that applies a rule to every matrix.
 
-    def views(tree: optax.Params) -> list[_layout.MatrixView]:
-        whole = [view for view, _ in _layout.tree_views(layout, tree)]
-        if block_size is None:
-            return whole
-        return [_layout.blocked(view, block_size) for view in whole]
+    Args:
+      rule: The rule.
+      settings: Its settings.
+      scalars: Its hyperparameters, ``refresh`` and ``start`` among them.
+      layout: Which axes of a leaf are the matrix.
+      placement: Where leaves lie.
+    """
+    place = _placement.as_placement(placement)
+
+    def resolved(tree: Any) -> list[_placement.Leaf]:
+        leaves = _placement.resolve(tree, layout, place, by_type=True)
+        if settings.block_size is None:
+            return leaves
+        return [
+            leaf._replace(view=_layout.blocked(leaf.view, settings.block_size))
+            for leaf in leaves
+        ]
 
     def init(params: optax.Params) -> PreconditionState:
-        leaves, shardings = jax.tree.leaves(params), place.of(params, as_typed=True)
-        states = _placement.init(rule, views(params), leaves, shardings, place.strategy)
-        return PreconditionState(jnp.zeros((), jnp.int32), states)
+        _layout.check_all_floating(params)
+        leaves = resolved(params)
+        # `optax.tree.map_params` inits a tree without leaves, and takes a leaf of that
+        # state for whatever the real state has in its place.
+        matrices = jnp.zeros((0,), jnp.int32)
+        if leaves:
+            matrices = _placement.init_states(rule.init, leaves, place.stack_size)
+        return PreconditionState(jnp.zeros((), jnp.int32), matrices)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
+        leaves = resolved(updates)
+        count = _numerics.next_count(state.count)
+        if not leaves:
+            return updates, PreconditionState(count, state.matrices)
         traced = {name: jnp.asarray(value) for name, value in scalars.items()}
-        done, matrices = _placement.update(
-            rule,
-            cadence,
-            views(updates),
-            jax.tree.leaves(updates),
-            place.of(updates, as_typed=True),
+        counts = tuple(_placement.matrix_counts(leaves).items())
+        done, matrices = _placement.map_matrices(
+            Precondition(rule, settings.stagger, counts, place.stack_size),
+            leaves,
             state.matrices,
             traced | {"count": state.count},
-            place.strategy,
+            stack_size=place.stack_size,
         )
-        count = _numerics.next_count(state.count)
         tree = jax.tree.unflatten(jax.tree.structure(updates), done)
         return tree, PreconditionState(count, matrices)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def update_flops(
-    m: int, n: int, sides: tuple[bool, bool], rotations: int, parts: int
-) -> int:
-    """What one of the parts of a matrix has of an update without refresh, of matmuls.
+def healthy() -> Health:
+    """Returns the health before the first refresh."""
+    return Health(jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+
+
+def after_refresh(health: Health, good: jax.Array, max_failures: int) -> Health:
+    """Updates the health after a refresh that was good or failed."""
+    failures = jnp.where(good, 0, health.failures + 1)
+    return Health(failures, health.stuck | (failures >= max_failures))
+
+
+def update_flops(m: int, n: int, sides: tuple[bool, bool], rotations: int) -> int:
+    """Returns the matmul FLOPs of an update of one m×n matrix without a refresh.
 
     Args:
       m: Inputs.
       n: Outputs.
-      sides: Which of the two have a statistic.
-      rotations: How many products there are besides with the matrices of each side.
-      parts: In how many parts the rows of each product are.
+      sides: Which of the two sides have a statistic.
+      rotations: How many products there are with the matrices of each side, besides the
+        one for the statistic.
     """
-    rows, columns = -(-m // parts), -(-n // parts)
     left, right = sides
-    of_left = (1 + rotations) * 2 * rows * m * n
-    of_right = 2 * columns * m * n + rotations * 2 * rows * n * n
-    return left * of_left + right * of_right
+    return (1 + rotations) * 2 * m * n * (left * m + right * n)
 
 
-def update_traffic(
-    m: int,
-    n: int,
-    sides: tuple[bool, bool],
-    between: int,
-    parts: int,
-    dtype: DTypeLike,
-    factor_dtype: str | None,
-) -> Traffic:
-    """What one of the parts of a matrix receives from the others in such an update.
-
-    Args:
-      m: Inputs.
-      n: Outputs.
-      sides: Of which the matrix is gathered to multiply with.
-      between: How many m×n matrices are gathered between products, besides what the
-        rule takes and what it returns.
-      parts: In how many parts the rows of each are.
-      dtype: Of the updates.
-      factor_dtype: Of the factors in the state; None is that of the arithmetic.
-    """
-    (left, right), wide = sides, _linalg.at_least_float32(dtype)
-    total = (left * m * m + right * n * n) * jnp.dtype(factor_dtype or wide).itemsize
-    total += (2 * jnp.dtype(dtype).itemsize + between * wide.itemsize) * m * n
-    return Traffic(0, left + right + 2 + between, total * (parts - 1) // parts)
-
-
-def as_cadence(start: int, every: int, stagger: bool) -> _placement.Cadence:
-    """Checks the arguments of that name."""
-    _check.static_int("start", start, 0)
-    _check.static_int("refresh", every, 1)
-    return _placement.Cadence(start, every, bool(stagger))
-
-
-def check_sizes(max_dim: int, block_size: int | None) -> None:
-    """Checks the arguments of that name."""
-    _check.static_int("max_dim", max_dim, 1)
-    if block_size is not None:
-        _check.static_int("block_size", block_size, 1)
-
-
-def as_state_dtype(name: str, value: DTypeLike | None) -> str | None:
-    """The name of a dtype that state is kept in; None is that of the arithmetic."""
-    if value is None:
-        return None
-    allowed = ("bfloat16", "float32", "float64")
-    try:
-        found = jnp.dtype(value).name
-    except TypeError:
-        _check.one_of(name, value, allowed)
-        raise
-    _check.one_of(name, found, allowed)
-    return found
+def check_refresh(refresh: ArrayLike, start: ArrayLike) -> None:
+    """Checks the two arguments of that name, which may be traced."""
+    _check.whole_number("refresh", refresh, 1)
+    _check.whole_number("start", start, 0)

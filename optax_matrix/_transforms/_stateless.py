@@ -1,4 +1,4 @@
-"""The frame of the transforms that keep no state: one function per leaf."""
+"""Frames for transformations without state: one function per leaf."""
 
 from collections.abc import Callable
 
@@ -11,13 +11,18 @@ PerMatrix = Callable[[_layout.MatrixView, jax.Array], jax.Array]
 PerMatrixAndParam = Callable[[_layout.MatrixView, jax.Array, jax.Array], jax.Array]
 
 
+def unchanged() -> optax.GradientTransformationExtraArgs:
+    """Returns a transformation that returns updates unchanged."""
+    return optax.with_extra_args_support(optax.identity())
+
+
 def per_matrix(
     rescale: PerMatrix, layout: _layout.Layout
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation that maps `rescale(view, update)` over the leaves."""
+    """Returns a transformation that maps `rescale(view, update)` over the leaves."""
 
     def init(params: optax.Params) -> optax.EmptyState:
-        _layout.tree_map(_keep, layout, params)  # A leaf that does not fit raises here.
+        _layout.tree_views(layout, params)  # Raises for a leaf that does not fit.
         return optax.EmptyState()
 
     def update(updates, state, params=None, **extra_args):
@@ -30,10 +35,10 @@ def per_matrix(
 def per_matrix_and_param(
     rescale: PerMatrixAndParam, layout: _layout.Layout, user: str
 ) -> optax.GradientTransformationExtraArgs:
-    """The same for `rescale(view, update, param)`; `user` names the transform."""
+    """Returns the same for `rescale(view, update, param)`; `user` is for errors."""
 
     def init(params: optax.Params) -> optax.EmptyState:
-        _layout.tree_map(_keep, layout, params)
+        _layout.tree_views(layout, params)
         return optax.EmptyState()
 
     def update(updates, state, params=None, **extra_args):
@@ -42,8 +47,3 @@ def per_matrix_and_param(
         return _layout.tree_map(rescale, layout, updates, params), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _keep(view: _layout.MatrixView, leaf: jax.Array) -> jax.Array:
-    del view
-    return leaf

@@ -1,12 +1,12 @@
-"""Weight decay on those entries that the update shrinks anyway."""
+"""Weight decay on the entries that the update shrinks."""
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_matrix import _check
-from optax_matrix._transforms import _numerics
+from optax_matrix import _check, _layout
+from optax_matrix._transforms import _arguments, _numerics
 
 
 def add_cautious_weight_decay(
@@ -18,9 +18,9 @@ def add_cautious_weight_decay(
 
     .. math:: U \leftarrow U + \lambda \, [U \odot W \ge 0] \odot W.
 
-    It stands where `optax.add_decayed_weights` would, before the learning rate turns
+    Put it where `optax.add_decayed_weights` would be, before the learning rate changes
     the sign: a step :math:`-\eta U` with :math:`U W \ge 0` moves an entry towards zero,
-    and only those entries decay. Wrap it in `optax.masked` to spare some leaves.
+    and only those entries decay. Wrap it in `optax.masked` to exclude leaves.
 
     Args:
       weight_decay: :math:`\lambda`, not negative, per unit of learning rate.
@@ -37,10 +37,10 @@ def add_cautious_weight_decay(
       Chen et al., 2025, Cautious Weight Decay,
       `arXiv:2510.12402 <https://arxiv.org/abs/2510.12402>`_.
     """
-    _check.in_range("weight_decay", weight_decay, 0.0)
+    _arguments.number("weight_decay", weight_decay, 0.0)
 
     def init(params: optax.Params) -> optax.EmptyState:
-        del params
+        _layout.check_all_floating(params)
         return optax.EmptyState()
 
     def update(updates, state, params=None, **extra_args):

@@ -1,4 +1,4 @@
-"""Momentum as Muon uses it: an average of gradients with a look-ahead."""
+"""Muon's momentum: a moving average of gradients with a look-ahead."""
 
 from typing import Any, NamedTuple
 
@@ -7,27 +7,27 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_matrix import _check
-from optax_matrix._transforms import _numerics
+from optax_matrix import _check, _layout
+from optax_matrix._transforms import _arguments, _numerics
 
 
 class EmaMomentumState(NamedTuple):
     """State of `ema_momentum`."""
 
     count: jax.Array  # int32, updates seen so far
-    momentum: Any  # M, a leaf's shape, float32 or `accumulator_dtype`
+    momentum: Any  # M, with the shape of a leaf, float32 or `mu_dtype`
 
 
 def ema_momentum(
-    decay: ArrayLike = 0.95,
+    momentum: ArrayLike = 0.95,
     *,
     nesterov: bool = True,
     debias: bool = False,
-    accumulator_dtype: DTypeLike | None = None,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces each update by a moving average of updates, looking one step ahead.
+    r"""Replaces each update by a moving average of updates with a look-ahead.
 
-    With :math:`\beta` = ``decay`` and :math:`M_0 = 0`,
+    With :math:`\beta` = ``momentum`` and :math:`M_0 = 0`,
 
     .. math::
       M_t = \beta M_{t-1} + (1 - \beta) G_t, \qquad
@@ -38,32 +38,41 @@ def ema_momentum(
     as large).
 
     Args:
-      decay: :math:`\beta`, in [0, 1). The default averages over about 20 steps.
+      momentum: :math:`\beta`, in [0, 1). The default averages over about 20 steps.
       nesterov: Whether to look ahead.
-      debias: Divides each of the two terms by the weight it has gathered,
+      debias: Whether to divide each of the two terms by the sum of its weights,
         :math:`M_t` by :math:`1-\beta^{t+1}` and :math:`G_t` by :math:`1-\beta^t`
         (without ``nesterov``: :math:`M_t` by :math:`1-\beta^t`), as
         `optax.contrib.muon` does. With ``nesterov`` this changes the mix of the two
         in the first steps, so it changes Muon's trajectory.
-      accumulator_dtype: The dtype of :math:`M`; None is float32 (float64 for float64
-        updates). ``"bfloat16"`` halves the state and rounds it every step.
+      mu_dtype: The dtype of :math:`M`: bfloat16, float32 or float64. None is float32,
+        and float64 for float64 updates. bfloat16 halves the state and rounds it at
+        every step.
 
     Returns:
       A transformation for leaves of any shape. Updates keep their shape and dtype;
-      the state is one array a leaf.
+      the state is one array per leaf.
 
     Raises:
-      ValueError: At construction, if ``decay`` is a number outside [0, 1).
+      ValueError: At construction, if ``momentum`` is outside [0, 1) or ``mu_dtype`` is
+        another dtype.
+      TypeError: At construction, for arguments of another type; at ``init``, for leaves
+        that are not real floating, with their paths.
 
     References:
       Jordan et al., 2024, `Muon <https://kellerjordan.github.io/posts/muon/>`_;
       nesterov momentum in Adam's form: Dozat, 2016.
     """
-    _check.in_range("decay", decay, 0.0, 1.0)
+    _arguments.number("momentum", momentum, 0.0, 1.0)
+    _check.boolean("nesterov", nesterov)
+    _check.boolean("debias", debias)
+    mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
 
     def init(params: optax.Params) -> EmaMomentumState:
+        _layout.check_all_floating(params)
+
         def zeros(p: jax.Array) -> jax.Array:
-            dtype = accumulator_dtype or _numerics.wide_dtype(p)
+            dtype = mu_dtype or _numerics.wide_dtype(p)
             return jnp.zeros_like(p, dtype=dtype)
 
         return EmaMomentumState(jnp.zeros((), jnp.int32), jax.tree.map(zeros, params))
@@ -74,24 +83,24 @@ def ema_momentum(
 
         def average(g: jax.Array, m: jax.Array) -> jax.Array:
             g = _numerics.wide(g)
-            return _numerics.moving_average(m.astype(g.dtype), g, decay)
+            return _numerics.moving_average(m.astype(g.dtype), g, momentum)
 
         def look_ahead(g: jax.Array, m: jax.Array) -> jax.Array:
             wide_g = _numerics.wide(g)
             if debias:
                 seen = _numerics.next_count(count) if nesterov else count
-                m = m / _numerics.bias_correction(decay, seen, m)
+                m = m / _numerics.bias_correction(momentum, seen, m)
             if not nesterov:
                 return m.astype(g.dtype)
             if debias:
-                wide_g = wide_g / _numerics.bias_correction(decay, count, wide_g)
-            return _numerics.moving_average(m, wide_g, decay).astype(g.dtype)
+                wide_g = wide_g / _numerics.bias_correction(momentum, count, wide_g)
+            return _numerics.moving_average(m, wide_g, momentum).astype(g.dtype)
 
         averages = jax.tree.map(average, updates, state.momentum)
         ahead = jax.tree.map(look_ahead, updates, averages)
-        momentum = jax.tree.map(
+        kept = jax.tree.map(
             lambda m, old: m.astype(old.dtype), averages, state.momentum
         )
-        return ahead, EmaMomentumState(count, momentum)
+        return ahead, EmaMomentumState(count, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)

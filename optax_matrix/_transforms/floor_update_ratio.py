@@ -5,21 +5,21 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_matrix import _check, _layout
-from optax_matrix._transforms import _numerics, _stateless
+from optax_matrix import _layout
+from optax_matrix._transforms import _arguments, _numerics, _stateless
 
 
 def floor_update_ratio(
     floor: ArrayLike = 0.35, *, layout: _layout.Layout = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales up each matrix of the update that is shorter than a part of its weight.
+    r"""Scales up each matrix of an update that is short relative to its parameter.
 
     With :math:`\rho` = ``floor``, the update-to-weight ratio is kept from falling:
 
     .. math:: U \leftarrow U \, \max(1, \rho \|W\|_F / \|U\|_F).
 
-    It stands before the learning rate (0.0375 in the run it comes from), and takes the
-    place of weight decay there: a growing weight takes longer steps instead.
+    Put it before the learning rate (0.0375 in the record that introduced it). It takes
+    the place of weight decay there: a growing weight takes longer steps instead.
 
     Args:
       floor: :math:`\rho`, not negative; 0 changes nothing.
@@ -28,7 +28,7 @@ def floor_update_ratio(
 
     Returns:
       A transformation without state that needs ``params``. Updates keep their shape and
-      dtype; a zero matrix stays zero.
+      dtype. Zero matrices stay zero.
 
     Raises:
       ValueError: At construction, if ``floor`` is a negative number; at ``init``, if a
@@ -38,13 +38,13 @@ def floor_update_ratio(
       The update/weight floor of the modded-nanogpt optimization track, `record 9
       <https://github.com/KellerJordan/modded-nanogpt>`_, 2026.
     """
-    _check.in_range("floor", floor, 0.0)
+    _arguments.number("floor", floor, 0.0)
 
     def rescale(view: _layout.MatrixView, u: jax.Array, p: jax.Array) -> jax.Array:
         wide = _numerics.wide(u)
-        weight = _numerics.frobenius(view, p.astype(wide.dtype))
+        weight = _numerics.norm(view, p.astype(wide.dtype))
         least = _numerics.as_scalar(floor, wide) * weight
-        ratio = _numerics.divide_or_zero(least, _numerics.frobenius(view, wide))
+        ratio = _numerics.divide_or_zero(least, _numerics.safe_norm(view, wide))
         return (wide * view.expand(jnp.maximum(1, ratio))).astype(u.dtype)
 
     return _stateless.per_matrix_and_param(rescale, layout, "floor_update_ratio")

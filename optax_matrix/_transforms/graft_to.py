@@ -1,4 +1,4 @@
-"""Takes the size of each matrix of an update from another transformation (grafting)."""
+"""Gives each matrix of an update the norm of another transformation's (grafting)."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import jax
 import optax
 
 from optax_matrix import _check, _layout
-from optax_matrix._transforms import _numerics
+from optax_matrix._transforms import _arguments, _numerics
 
 
 class GraftToState(NamedTuple):
@@ -25,27 +25,27 @@ def graft_to(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gives each matrix of one transformation's update the norm of another's.
 
-    Both see the same gradient; with :math:`A` the update of ``magnitude`` and :math:`D`
-    that of ``direction``,
+    Both receive the same gradient. With :math:`A` the update of ``magnitude`` and
+    :math:`D` that of ``direction``,
 
     .. math:: U = \|A\|_F \, D / \|D\|_F .
 
-    Shampoo's own size has no natural scale; grafted to Adam it takes Adam's learning
-    rates. Each may be a chain: ``graft_to(optax.scale_by_adam(),
+    Shampoo's updates have no natural scale; grafted to Adam they take Adam's learning
+    rates. Each argument may be a chain: ``graft_to(optax.scale_by_adam(),
     shampoo_precondition())``, or `optax.identity` for SGD, ``optax.scale_by_rss()`` for
     AdaGrad, ``optax.scale_by_rms()`` for RMSProp.
 
     Args:
-      magnitude: Whose norm.
-      direction: Whose direction.
-      block_size: Norms are taken of blocks of at most this size, as by the
-        preconditioners' argument of this name. None: of whole matrices.
+      magnitude: The transformation that gives the norm.
+      direction: The transformation that gives the direction.
+      block_size: Graft blocks of at most this size separately, as the preconditioners'
+        setting of this name cuts them. None: whole matrices.
       layout: Which axes of a leaf are the matrix, see `MatrixLayout`. None: the last
-        two are (inputs, outputs). Each matrix of a stack is grafted by itself.
+        two are (inputs, outputs). Each matrix of a stack is grafted separately.
 
     Returns:
-      A transformation. Updates keep the dtype of ``direction``'s; where a matrix of it
-      is zero, the update is.
+      A transformation. Updates have the dtype of ``direction``'s. Where a matrix of
+      those is zero, the update is zero.
 
     Raises:
       TypeError: At construction, if either is not a transformation.
@@ -59,11 +59,8 @@ def graft_to(
     References:
       Agarwal et al., 2020, `arXiv:2002.11803 <https://arxiv.org/abs/2002.11803>`_.
     """
-    for name, given in (("magnitude", magnitude), ("direction", direction)):
-        if not isinstance(given, optax.GradientTransformation):
-            raise TypeError(
-                f"`{name}` must be an optax.GradientTransformation, got {given!r}."
-            )
+    _arguments.transformation("magnitude", magnitude)
+    _arguments.transformation("direction", direction)
     if block_size is not None:
         _check.static_int("block_size", block_size, 1)
     sizes = optax.with_extra_args_support(magnitude)
@@ -84,8 +81,8 @@ def graft_to(
                 view = _layout.blocked(view, block_size)
             wide = _numerics.wide(d)
             factor = _numerics.divide_or_zero(
-                _numerics.frobenius(view, _numerics.wide(a)),
-                _numerics.frobenius(view, wide),
+                _numerics.safe_norm(view, _numerics.wide(a)),
+                _numerics.safe_norm(view, wide),
             )
             return (wide * view.expand(factor)).astype(d.dtype)
 

@@ -1,5 +1,6 @@
-"""Keeps every matrix of the parameters at the Frobenius norm it started with."""
+"""Keeps every matrix of the parameters at its initial Frobenius norm."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -8,26 +9,26 @@ import jax.numpy as jnp
 import optax
 
 from optax_matrix import _check, _layout
-from optax_matrix._transforms import _low_precision, _numerics
+from optax_matrix._transforms import _numerics
 
 
 class HyperballRetractState(NamedTuple):
     """State of `hyperball_retract`."""
 
-    radius: Any  # R, float32, one a matrix: a leaf's rank, matrix axes of size 1
+    radius: Any  # R, float32, one per matrix: the rank of a leaf, matrix axes of size 1
 
 
 def hyperball_retract(
     *, layout: _layout.Layout = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Bends each step so that it ends on the sphere the matrix started on.
+    r"""Retracts each step onto the sphere of the matrix's initial Frobenius norm.
 
     With :math:`R = \|W_0\|_F` of each matrix, taken at ``init``,
 
     .. math:: U \leftarrow R \, \frac{W + U}{\|W + U\|_F} - W.
 
-    It comes last: what arrives must be the step itself, learning rate and sign
-    included, and the parameters must take its output unchanged. MuonH is
+    Put it last in the chain: its input must be the final step, including learning rate
+    and sign, and its output must be added to the parameters unchanged. MuonH is
 
     >>> import optax_matrix as om
     >>> tx = optax.chain(
@@ -38,7 +39,7 @@ def hyperball_retract(
     ...     om.hyperball_retract(),
     ... )
 
-    There is no weight decay on a sphere: it would only lengthen the step.
+    Weight decay has no effect on a sphere but to lengthen the step.
 
     Args:
       layout: Which axes of a leaf are the matrix, see `MatrixLayout`. None: the last
@@ -47,11 +48,10 @@ def hyperball_retract(
 
     Returns:
       A transformation that needs ``params``. Updates keep their shape and dtype. The
-      radius is held to float32 rounding, for parameters of 16 bits too: their rounding
-      is made up for by moving the smallest entries by one unit in the last place (a
-      matrix of a few dozen entries has too few for that and is held to its own
-      rounding). Parameters wider than the updates get the radius to the rounding of
-      the updates. A non-finite update spoils its own matrix only.
+      norm is kept to the rounding of the parameters and of the updates: float32 to
+      about 1e-7, while rounding the entries of a bfloat16 matrix of 64 × 64 changes its
+      norm by about 4e-5. The error does not grow, because the radius is stored. NaN or
+      Inf in one matrix does not affect the others.
 
     Raises:
       ValueError: At ``init``, if a leaf does not fit ``layout`` or (outside jit) holds
@@ -66,7 +66,7 @@ def hyperball_retract(
 
     def init(params: optax.Params) -> HyperballRetractState:
         def radius(view: _layout.MatrixView, p: jax.Array) -> jax.Array:
-            norm = _numerics.frobenius(view, _numerics.wide(p))
+            norm = _numerics.norm(view, _numerics.wide(p))
             _raise_if_zero(norm, view)
             return norm
 
@@ -83,16 +83,11 @@ def hyperball_retract(
         ) -> jax.Array:
             wide_p = _numerics.wide(p)
             end = wide_p + u.astype(wide_p.dtype)
-            scale = _numerics.divide_or_zero(radius, _numerics.frobenius(view, end))
-            # A step to the very centre has no direction to keep: stay.
-            on_sphere = jnp.where(
-                view.expand(scale) == 0, wide_p, end * view.expand(scale)
-            )
-            if jnp.finfo(p.dtype).bits == 16:
-                step = _low_precision.step_to_norm(view, p, on_sphere, radius, u.dtype)
-            else:
-                step = on_sphere - wide_p
-            return step.astype(u.dtype)
+            scale = _numerics.divide_or_zero(radius, _numerics.norm(view, end))
+            scale = view.expand(scale)
+            # A step to the centre has no direction: stay.
+            on_sphere = jnp.where(scale == 0, wide_p, end * scale)
+            return (on_sphere - wide_p).astype(u.dtype)
 
         return _layout.tree_map(retract, layout, updates, params, state.radius), state
 
@@ -101,6 +96,8 @@ def hyperball_retract(
 
 def _raise_if_zero(norm: jax.Array, view: _layout.MatrixView) -> None:
     if isinstance(norm, jax.core.Tracer) or not norm.is_fully_addressable:
+        return
+    if not math.prod(view.shape):
         return
     if not bool(jnp.all(norm > 0)):
         raise ValueError(

@@ -5,23 +5,17 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _layout, _placement
 from optax_matrix._transforms import _kl
+from optax_matrix._transforms._kl import KL
 
 
 def kl_shampoo_precondition(
-    b1: ArrayLike = 0.9,
+    momentum: ArrayLike = 0.9,
     b2: ArrayLike = 0.98,
     *,
     eps: ArrayLike = 1e-8,
-    refresh: int = 10,
-    stagger: bool = False,
-    initial: ArrayLike = 0.1,
-    max_scale: ArrayLike = 4000.0,
-    block_size: int | None = None,
-    max_dim: int = 10_000,
-    max_failures: ArrayLike = 3,
-    moment_dtype: DTypeLike | None = None,
-    factor_dtype: DTypeLike | None = None,
-    precision: str = "highest",
+    refresh: ArrayLike = 10,
+    preconditioner: KL = KL(),
+    mu_dtype: DTypeLike | None = None,
     layout: _layout.Layout = None,
     placement: _placement.Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -39,19 +33,12 @@ def kl_shampoo_precondition(
     the first update is **zero**. With exact ones this is :math:`L^{-1/2} M R^{-1/2}`.
 
     Args:
-      b1: :math:`\beta_1`, in [0, 1).
+      momentum: :math:`\beta_1`, in [0, 1).
       b2: Decay of the statistics and of the eigenvalues, in [0, 1).
       eps: :math:`\epsilon`, positive.
-      refresh: See `soap_precondition`.
-      stagger: See `soap_precondition`.
-      initial: See `kl_soap_precondition`.
-      max_scale: See `kl_soap_precondition`.
-      block_size: See `soap_precondition`.
-      max_dim: See `soap_precondition`.
-      max_failures: See `soap_precondition`.
-      moment_dtype: See `soap_precondition`.
-      factor_dtype: See `soap_precondition`.
-      precision: See `soap_precondition`.
+      refresh: See `kl_soap_precondition`, as the following.
+      preconditioner: See `kl_soap_precondition`.
+      mu_dtype: See `soap_precondition`; there is no :math:`V`.
       layout: See `soap_precondition`.
       placement: See `soap_precondition`.
 
@@ -68,22 +55,12 @@ def kl_shampoo_precondition(
     """
     return _kl.kl_transformation(
         False,
-        {
-            "b1": b1,
-            "b2": b2,
-            "factor_b2": b2,
-            "eps": eps,
-            "initial": initial,
-            "max_scale": max_scale,
-            "max_failures": max_failures,
-        },
+        momentum,
+        b2,
+        eps=eps,
         refresh=refresh,
-        stagger=stagger,
-        block_size=block_size,
-        max_dim=max_dim,
-        moment_dtype=moment_dtype,
-        factor_dtype=factor_dtype,
-        precision=precision,
+        preconditioner=preconditioner,
+        mu_dtype=mu_dtype,
         layout=layout,
         placement=placement,
     )

@@ -5,32 +5,25 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _layout, _placement
 from optax_matrix._transforms import _kl
+from optax_matrix._transforms._kl import KL
 
 
 def kl_soap_precondition(
-    b1: ArrayLike = 0.95,
+    momentum: ArrayLike = 0.95,
     b2: ArrayLike = 0.95,
     *,
-    factor_b2: ArrayLike | None = None,
     eps: ArrayLike = 1e-8,
-    refresh: int = 10,
-    stagger: bool = False,
-    initial: ArrayLike = 0.1,
-    max_scale: ArrayLike = 4000.0,
-    block_size: int | None = None,
-    max_dim: int = 10_000,
-    max_failures: ArrayLike = 3,
-    moment_dtype: DTypeLike | None = None,
-    factor_dtype: DTypeLike | None = None,
-    precision: str = "highest",
+    refresh: ArrayLike = 10,
+    preconditioner: KL = KL(),
+    mu_dtype: DTypeLike | None = None,
     layout: _layout.Layout = None,
     placement: _placement.Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Takes Adam's step in the eigenbasis of KL-Shampoo's statistics (KL-SOAP).
 
-    As `soap_precondition`, but each side's statistic is of gradients that the other one
-    has whitened. With :math:`\lambda_L, \lambda_R` running estimates of the eigenvalues
-    and :math:`G' = Q_L^\top G Q_R` of inputs :math:`m` × outputs :math:`n`,
+    As `soap_precondition`, but the statistic of each side is of gradients that the
+    other side has whitened. With :math:`\lambda_L, \lambda_R` running estimates of the
+    eigenvalues and :math:`G' = Q_L^\top G Q_R` of inputs :math:`m` × outputs :math:`n`,
 
     .. math::
       M &\leftarrow \beta_1 M + (1 - \beta_1) G', \quad
@@ -48,22 +41,13 @@ def kl_soap_precondition(
     along, :math:`V` and the eigenvalues stay. All this is as in the authors' code.
 
     Args:
-      b1: :math:`\beta_1`, in [0, 1).
+      momentum: :math:`\beta_1`, in [0, 1).
       b2: :math:`\beta_2`, in [0, 1).
-      factor_b2: :math:`\beta` of :math:`L`, :math:`R` and the eigenvalues, in [0, 1);
-        None is ``b2``.
       eps: :math:`\epsilon`, positive, in the unit of the gradient.
-      refresh: See `soap_precondition`.
-      stagger: See `soap_precondition`.
-      initial: What all eigenvalues start from, positive.
-      max_scale: The largest :math:`\lambda^{-1/2}` of a side of :math:`m` entries is
-        the smaller of this and :math:`m`, but at least 10.
-      block_size: See `soap_precondition`.
-      max_dim: See `soap_precondition`.
-      max_failures: See `soap_precondition`.
-      moment_dtype: See `soap_precondition`.
-      factor_dtype: See `soap_precondition`.
-      precision: See `soap_precondition`.
+      refresh: Number of updates from one power step of the bases to the next, at
+        least 1.
+      preconditioner: All other settings, see `KL`.
+      mu_dtype: See `soap_precondition`, as the following.
       layout: See `soap_precondition`.
       placement: See `soap_precondition`.
 
@@ -81,22 +65,12 @@ def kl_soap_precondition(
     """
     return _kl.kl_transformation(
         True,
-        {
-            "b1": b1,
-            "b2": b2,
-            "factor_b2": b2 if factor_b2 is None else factor_b2,
-            "eps": eps,
-            "initial": initial,
-            "max_scale": max_scale,
-            "max_failures": max_failures,
-        },
+        momentum,
+        b2,
+        eps=eps,
         refresh=refresh,
-        stagger=stagger,
-        block_size=block_size,
-        max_dim=max_dim,
-        moment_dtype=moment_dtype,
-        factor_dtype=factor_dtype,
-        precision=precision,
+        preconditioner=preconditioner,
+        mu_dtype=mu_dtype,
         layout=layout,
         placement=placement,
     )

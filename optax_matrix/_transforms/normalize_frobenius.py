@@ -1,4 +1,4 @@
-"""Scales each matrix of an update to Frobenius norm one, or to its parameter's."""
+"""Scales each matrix of an update to Frobenius norm one, or that of its parameter."""
 
 from typing import Literal
 
@@ -12,23 +12,23 @@ from optax_matrix._transforms import _numerics, _stateless
 def normalize_frobenius(
     to: Literal["one", "param"] = "one", *, layout: _layout.Layout = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales each matrix of the update to a Frobenius norm that is known.
+    r"""Scales each matrix of an update to Frobenius norm one, or that of its parameter.
 
     .. math::
       U \leftarrow U / \|U\|_F \quad (\text{"one"}), \qquad
       U \leftarrow U \, \|W\|_F / \|U\|_F \quad (\text{"param"}).
 
-    After ``"param"`` a learning rate is the relative length of the step: MuonH and
-    AdamH use it so.
+    After ``"param"`` the learning rate is the relative length of the step, as in MuonH
+    and AdamH.
 
     Args:
-      to: The norm to have: ``"one"``, or that of the parameter :math:`W`.
+      to: The norm: ``"one"``, or ``"param"`` for that of the parameter :math:`W`.
       layout: Which axes of a leaf are the matrix, see `MatrixLayout`. None: the last
-        two are (inputs, outputs). Each matrix of a stack has a norm of its own.
+        two are (inputs, outputs). Each matrix of a stack is scaled separately.
 
     Returns:
-      A transformation without state. Updates keep their shape and dtype; a zero matrix
-      stays zero, a non-finite one spoils no other.
+      A transformation without state. Updates keep their shape and dtype. Zero matrices
+      stay zero; NaN or Inf in one matrix does not affect the others.
 
     Raises:
       ValueError: At construction, for another ``to``; at ``init``, if a leaf does not
@@ -39,14 +39,14 @@ def normalize_frobenius(
 
     def unit(view: _layout.MatrixView, u: jax.Array) -> jax.Array:
         wide = _numerics.wide(u)
-        norm = view.expand(_numerics.frobenius(view, wide))
+        norm = view.expand(_numerics.safe_norm(view, wide))
         return _numerics.divide_or_zero(wide, norm)
 
     def to_one(view: _layout.MatrixView, u: jax.Array) -> jax.Array:
         return unit(view, u).astype(u.dtype)
 
     def to_param(view: _layout.MatrixView, u: jax.Array, p: jax.Array) -> jax.Array:
-        norm = _numerics.frobenius(view, p.astype(_numerics.wide_dtype(u)))
+        norm = _numerics.norm(view, p.astype(_numerics.wide_dtype(u)))
         return (unit(view, u) * view.expand(norm)).astype(u.dtype)
 
     if to == "one":

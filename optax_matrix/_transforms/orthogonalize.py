@@ -1,60 +1,89 @@
-"""Replaces each matrix of an update by its orthogonal polar factor, or near it."""
+"""Replaces each matrix of an update by its polar factor."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import optax
 
 from optax_matrix import _layout, _linalg, _placement
+from optax_matrix._transforms import _stateless
+
+
+@dataclasses.dataclass(frozen=True)
+class Polar:
+    """Takes polar factors of matrices of one shape; work for `map_matrices`."""
+
+    method: _linalg.PolarMethod
+    stack_size: int | None
+
+    def __call__(
+        self, arrays: Sequence[jax.Array], state: Any, scalars: Any
+    ) -> tuple[list[jax.Array], Any]:
+        """Returns the polar factors."""
+        del scalars
+        m, n = arrays[0].shape[-2:]
+        size = self.stack_size or _placement.stack_size(m, n)
+        return _placement.map_stacks(self.method.polar, arrays, size), state
 
 
 def orthogonalize(
-    method: str | _linalg.PolarMethod = "newton_schulz",
+    method: str | _linalg.PolarMethod | None = "newton_schulz",
     *,
     layout: _layout.Layout = None,
     placement: _placement.Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces each matrix of the update by its polar factor, computed by `method`.
+    r"""Replaces each matrix of an update by its polar factor, exactly or approximately.
 
     With the singular value decomposition :math:`X = U S V^\top`,
 
     .. math:: X \leftarrow \operatorname{polar}(X) = U V^\top.
 
     Args:
-      method: ``"newton_schulz"``, ``"halley"``, ``"exact"``, or one of the objects
-        `NewtonSchulz`, `Halley`, `Exact` with settings of its own.
+      method: ``"newton_schulz"``, ``"halley"`` or ``"exact"`` with default settings; or
+        an object with settings: `NewtonSchulz`, `Halley`, `Exact`, or any
+        `PolarMethod`. None returns updates unchanged.
       layout: Which axes of a leaf are the matrix, see `MatrixLayout`. None: the last
-        two are (inputs, outputs). Each matrix of a stack is taken by itself.
+        two are (inputs, outputs). Each matrix of a stack is orthogonalized separately.
       placement: Where leaves lie on a mesh with auto axes, and the size of stacks, see
-        `Placement`. None: what explicit axes say, and the rule for stacks.
+        `Placement`. None: infer shardings from explicit axes and choose the size of
+        stacks automatically.
 
     Returns:
-      A transformation without state. Updates keep their shape and dtype; a zero matrix
-      stays zero, a non-finite one spoils no other.
+      A transformation without state. Updates keep their shape and dtype. Zero matrices
+      stay zero; NaN or Inf in one matrix does not affect the others.
 
     Raises:
       ValueError: At construction, for an unknown method; at ``init``, if a leaf does
         not fit ``layout``, or its sharding does not divide it, with its path.
+      TypeError: At construction, if ``method`` is not a method; at ``init``, for leaves
+        that are not real floating, with their paths.
 
     Sharding:
-      Any. Matrices are brought together whole, each on one device, in one exchange for
-      all of a shape, and go back in another; those that do not go round the devices
-      are shared by several. See docs/sharding.md.
+      Any. Each matrix has one owner, a device that receives the matrix whole in one
+      exchange for all matrices of a shape, and sends the result back in another. See
+      docs/sharding.md.
     """
+    if method is None:
+        return _stateless.unchanged()
     polar = _linalg.as_method(method)
-    place = placement or _placement.Placement()
-
-    def fitted(tree: optax.Params) -> tuple:
-        pairs = _layout.tree_views(layout, tree)
-        views, leaves = [view for view, _ in pairs], [leaf for _, leaf in pairs]
-        return polar, views, leaves, place.of(tree), place.strategy
+    place = _placement.as_placement(placement)
+    transposable = bool(getattr(polar, "transposable", False))
 
     def init(params: optax.Params) -> optax.EmptyState:
-        # A leaf that does not fit its layout or its sharding raises here.
-        _placement.check(*fitted(params))
+        leaves = _placement.resolve(params, layout, place)
+        _placement.check_leaves(leaves, transposable, place.stack_size)
         return optax.EmptyState()
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        done = _placement.polar(*fitted(updates))
+        done, _ = _placement.map_matrices(
+            Polar(polar, place.stack_size),
+            _placement.resolve(updates, layout, place),
+            transposable=transposable,
+            stack_size=place.stack_size,
+        )
         return jax.tree.unflatten(jax.tree.structure(updates), done), state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -22,20 +22,19 @@ def orthogonalize_exact(
 
     .. math:: X \leftarrow U V^\top,
 
-    over the singular values that are not zero to rounding; the others stay zero. For
-    reference and small models: it is a decomposition, where the iterations are matmuls.
+    over the singular values that are not zero to rounding; the others stay zero. It is
+    for reference and small models: a decomposition is slow where matmuls are fast.
 
     Args:
-      method: ``"svd"``, or ``"eigh"`` of the Gram matrix, good down to
-        singular values of the root of the rounding unit, relative to the largest.
-      dtype: In which to compute; None is float32, float64 for float64 updates.
+      method: See `Exact`, which has all settings.
+      dtype: See `Exact`.
       layout: Which axes of a leaf are the matrix, see `MatrixLayout`. None: the last
-        two are (inputs, outputs). Each matrix of a stack is taken by itself.
-      placement: Where leaves lie and how many are worked on at once, see `Placement`.
+        two are (inputs, outputs). Each matrix of a stack is orthogonalized separately.
+      placement: Where leaves lie on a mesh with auto axes, see `Placement`.
 
     Returns:
-      A transformation without state. Updates keep their shape and dtype; a zero matrix
-      stays zero, a non-finite one spoils no other.
+      A transformation without state. Updates keep their shape and dtype. Zero matrices
+      stay zero; NaN or Inf in one matrix does not affect the others.
 
     Raises:
       ValueError: At construction, for settings that `Exact` refuses; at ``init``, if a

@@ -30,25 +30,24 @@ def orthogonalize_halley(
     factorization of the small side.
 
     Args:
-      lower_bound: :math:`\ell`, in (0, 1]: the smallest singular value that matters,
-        relative to the Schatten-4 norm. The float32 error grows with its inverse.
-      steps: How many, at least 1; the bound is carried from one to the next.
-      dtype: In which to compute; None is float32, float64 for float64 updates.
+      lower_bound: See `Halley`, which has all settings.
+      steps: See `Halley`.
+      dtype: See `Halley`.
       layout: Which axes of a leaf are the matrix, see `MatrixLayout`. None: the last
-        two are (inputs, outputs). Each matrix of a stack is taken by itself.
-      placement: Where leaves lie and how many are worked on at once, see `Placement`.
+        two are (inputs, outputs). Each matrix of a stack is orthogonalized separately.
+      placement: Where leaves lie on a mesh with auto axes, see `Placement`.
 
     Returns:
-      A transformation without state. Updates keep their shape and dtype; a zero matrix
-      stays zero, a non-finite one spoils no other; the scale of the input does not
-      matter.
+      A transformation without state. Updates keep their shape and dtype, and do not
+      depend on the scale of the input. Zero matrices stay zero; NaN or Inf in one
+      matrix does not affect the others.
 
     Raises:
       TypeError, ValueError: At construction, for settings that `Halley` refuses; at
         ``init``, if a leaf does not fit ``layout``, with its path.
 
     Cost:
-      A step is 2 products with the long side and one inverse of the small one.
+      Each step takes 2 products with the long side and one inverse of the short side.
 
     References:
       Nakatsukasa, Bai and Gygi, 2010, Optimizing Halley's iteration for computing the

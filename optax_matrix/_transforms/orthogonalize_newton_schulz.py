@@ -20,37 +20,33 @@ def orthogonalize_newton_schulz(
     layout: _layout.Layout = None,
     placement: _placement.Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Moves all singular values of each matrix of the update towards one, by matmuls.
+    r"""Moves all singular values of each matrix of an update towards one, by matmuls.
 
-    From :math:`X` scaled to spectral norm at most one, each step with its row
-    :math:`(a, b, c)` of the coefficient table does
+    Starting from :math:`X` scaled to spectral norm at most one, each step applies one
+    row :math:`(a, b, c)` of the coefficient table:
 
     .. math:: X \leftarrow a X + (b A + c A^2) X, \qquad A = X X^\top.
 
     The result has the singular vectors of the input, and singular values near one:
     with the default table between about 0.7 and 1.2 for all that were above 1e-2 of
-    the norm. One step (Hopper) multiplies nearly all of them by the same 3.4 and hardly
+    the norm. One step (Hopper) multiplies nearly all of them by 3.4 and hardly
     orthogonalizes.
 
     Args:
-      steps: How many, at least 1; None takes the table's own number, 5 for the default.
-        A number that the table does not define raises.
-      coefficients: The name of a table (``"jordan"``, ``"quintic"``,
-        ``"polar_express"``, ``"cans"``, ``"aol"``, ``"track3"``, ``"cubic"``,
-        ``"cubic5"``) or rows of your own. `NewtonSchulz` has its safety factor and
-        normalization too: pass one to `orthogonalize`.
-      method: ``"plain"`` as above; ``"gram"`` iterates on the small Gram matrix
-        instead, equal to rounding; ``"auto"`` takes the one with fewer FLOPs.
-      dtype: In which to compute; None is float32, float64 for float64 updates.
-      precision: Of the matmuls, as in `jax.numpy.matmul`; None is the backend's own.
+      steps: See `NewtonSchulz`, which has all settings; pass one to `orthogonalize` for
+        the others.
+      coefficients: See `NewtonSchulz`.
+      method: See `NewtonSchulz`.
+      dtype: See `NewtonSchulz`.
+      precision: See `NewtonSchulz`.
       layout: Which axes of a leaf are the matrix, see `MatrixLayout`. None: the last
-        two are (inputs, outputs). Each matrix of a stack is taken by itself.
-      placement: Where leaves lie and how many are worked on at once, see `Placement`.
+        two are (inputs, outputs). Each matrix of a stack is orthogonalized separately.
+      placement: Where leaves lie on a mesh with auto axes, see `Placement`.
 
     Returns:
-      A transformation without state. Updates keep their shape and dtype; a zero matrix
-      stays zero, a non-finite one spoils no other; the scale of the input does not
-      matter.
+      A transformation without state. Updates keep their shape and dtype, and do not
+      depend on the scale of the input. Zero matrices stay zero; NaN or Inf in one
+      matrix does not affect the others.
 
     Raises:
       TypeError, ValueError: At construction, for settings that `NewtonSchulz` refuses,
@@ -58,7 +54,7 @@ def orthogonalize_newton_schulz(
         not fit ``layout``, with its path.
 
     Cost:
-      3 matmuls a step, about :math:`4 p^2 q + 2 p^3` FLOPs for sides :math:`p \le q`.
+      3 matmuls per step, about :math:`4 p^2 q + 2 p^3` FLOPs for sides :math:`p \le q`.
 
     Example:
       >>> import jax
@@ -73,10 +69,9 @@ def orthogonalize_newton_schulz(
       Jordan et al., 2024, `Muon <https://kellerjordan.github.io/posts/muon/>`_. Each
       table cites its own source.
     """
-    rows = coefficients if isinstance(coefficients, str) else tuple(coefficients)
     newton_schulz = _linalg.NewtonSchulz(
         steps=steps,
-        coefficients=rows,
+        coefficients=coefficients,
         method=method,
         dtype=dtype,
         precision=precision,

@@ -1,29 +1,30 @@
-"""A preconditioner's direction, orthogonalized (SOAP-Muon)."""
+"""Orthogonalizes the direction of a preconditioner (SOAP-Muon)."""
 
 import optax
 
 from optax_matrix import _layout, _linalg, _placement
+from optax_matrix._transforms import _arguments
 from optax_matrix._transforms.orthogonalize import orthogonalize
 
 
 def precondition_then_orthogonalize(
     precondition: optax.GradientTransformation,
-    method: str | _linalg.PolarMethod = "newton_schulz",
+    method: str | _linalg.PolarMethod | None = "newton_schulz",
     *,
     layout: _layout.Layout = None,
     placement: _placement.Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces what a preconditioner makes of an update by its polar factor.
+    r"""Replaces the output of a preconditioner by its polar factor.
 
-    The plain chain ``optax.chain(precondition, orthogonalize(method))``: with
-    `soap_precondition` for :math:`P` SOAP-Muon,
+    The chain ``optax.chain(precondition, orthogonalize(method))``; SOAP-Muon with
+    `soap_precondition` for :math:`P`,
 
     .. math:: U = \operatorname{polar}(P(G)).
 
     Args:
       precondition: The first stage; any transformation.
       method: See `orthogonalize`.
-      layout: See `orthogonalize`; the preconditioner has its own.
+      layout: See `orthogonalize`. Pass it to the preconditioner, too.
       placement: See `orthogonalize`.
 
     Returns:
@@ -33,11 +34,7 @@ def precondition_then_orthogonalize(
       TypeError: At construction, if ``precondition`` is not a transformation.
       ValueError: As `orthogonalize`.
     """
-    if not isinstance(precondition, optax.GradientTransformation):
-        raise TypeError(
-            "`precondition` must be an optax.GradientTransformation, such as "
-            f"`soap_precondition()`, got {precondition!r}."
-        )
+    _arguments.transformation("precondition", precondition)
     return optax.chain(
         precondition, orthogonalize(method, layout=layout, placement=placement)
     )

@@ -1,4 +1,4 @@
-"""One transformation up to a step, another from there on."""
+"""Switches from one transformation to another at a step."""
 
 from typing import Any, NamedTuple
 
@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_matrix import _check
-from optax_matrix._transforms import _numerics
+from optax_matrix._transforms import _arguments, _numerics
 
 
 class SwitchAtState(NamedTuple):
@@ -24,31 +23,34 @@ def switch_at(
     first: optax.GradientTransformation,
     second: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Applies `first` to the updates with numbers below `step`, then `second`.
+    """Applies `first` until a given step, and `second` from then on.
 
-    Update number t (from 0) is ``first``'s while t < ``step`` and ``second``'s from
-    then on. Before the switch ``second`` sees every update too, its own output thrown
-    away: its moments are warm and its schedules have counted on when it takes over.
-    After the switch ``first`` no longer runs.
+    Update number t (from 0) is that of ``first`` while t < ``step``, and that of
+    ``second`` from then on. Before the switch ``second`` receives every update as well,
+    and its output is discarded, so that its moments and schedules are up to date when
+    it takes over. After the switch ``first`` no longer runs.
 
     Args:
-      step: The number of the first update that ``second`` makes, not negative. It may
-        be injected, and changed during a run.
+      step: The number of the first update of ``second``, not negative. It may be
+        injected and changed during a run.
       first: A transformation or a whole optimizer.
-      second: The one that takes over.
+      second: The transformation that takes over.
 
     Returns:
-      A transformation whose state holds both states. Until the switch a step costs
-      both, afterwards only ``second``.
+      A transformation whose state holds both states. Until the switch, a step costs as
+      much as both; afterwards, as much as ``second``.
 
     Raises:
       ValueError: At construction, if ``step`` is a negative number.
+      TypeError: At construction, for arguments of another type.
 
     Example:
       >>> import optax_matrix as om
       >>> tx = switch_at(200, om.hopper(1e-3, routing="matrix"), optax.adam(1e-3))
     """
-    _check.in_range("step", step, 0.0)
+    _arguments.number("step", step, 0.0)
+    _arguments.transformation("first", first)
+    _arguments.transformation("second", second)
     first = optax.with_extra_args_support(first)
     second = optax.with_extra_args_support(second)
 

@@ -1,4 +1,4 @@
-"""Halley's iteration: against float64, its promise, its float32 limit."""
+"""Halley's iteration and its inverse: against float64, bounds, float32 limits."""
 
 import chex
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_matrix._linalg import Halley, halley_weights
+from optax_matrix._linalg import Halley, halley_flops, halley_weights, spd_inverse
 from tests.linalg.problems import SHAPES, gaussian, matrix, run
 from tests.references import polar as reference
 
@@ -75,6 +75,55 @@ def test_two_large_products_a_step():
         assert len(lines) == 3 * steps
         # Of both operands.
         assert text.count("Precision.HIGHEST") == 2 * len(lines)
+
+
+def spd(m, condition, seed=0):
+    """A symmetric positive definite matrix with largest eigenvalue 1."""
+    turn = reference.orthogonal(np.random.default_rng(seed), m)
+    return turn * np.geomspace(1.0, 1.0 / condition, m) @ turn.T
+
+
+@jax.jit
+def inverse(a):
+    return spd_inverse(a, "highest")
+
+
+@pytest.mark.parametrize("m", [1, 6, 21])
+def test_the_inverse_matches_float64(m):
+    a = np.stack([spd(m, 100.0, seed) for seed in range(2)])
+    with jax.enable_x64(True):
+        found = np.asarray(inverse(jnp.asarray(a)))
+    np.testing.assert_allclose(found, np.linalg.inv(a), rtol=1e-10, atol=1e-11)
+
+
+def test_the_inverse_in_float32():
+    a = spd(48, 1e4).astype("float32")
+    off = np.asarray(inverse(a), "float64") @ a.astype("float64") - np.eye(48)
+    # The condition number times 2⁻²⁴, and a little for 48 sums.
+    assert np.abs(off).max() < 3e-4
+
+
+def test_the_inverse_reads_only_the_lower_triangle():
+    a = spd(14, 10.0).astype("float32")
+    other = np.tril(a) + np.triu(gaussian(a.shape), 1).astype("float32")
+    chex.assert_trees_all_equal(inverse(other), inverse(a))
+
+
+def test_the_inverse_is_nan_where_it_is_not_positive_definite_and_only_there():
+    a = np.stack([np.eye(14, dtype="float32")] * 5)
+    for i, (where, what) in enumerate([(0, -1), (7, -1), (13, -1), (13, np.nan)], 1):
+        a[i, where, where] = what
+    found = np.asarray(inverse(a))
+    np.testing.assert_allclose(found[0], np.eye(14))
+    assert np.isnan(found[1:]).all()
+
+
+def test_flops_by_hand():
+    # Two products of 2 · 16² · 40; a factorization, a triangular solve and a product.
+    step = 2 * (2 * 16 * 16 * 40) + 16**3 // 3 + 16**3 + 2 * 16**3
+    assert halley_flops(16, 40, 3) == halley_flops(40, 16, 3) == 3 * step
+    for backend in (None, "cpu", "gpu", "tpu"):
+        assert Halley(steps=3).flops(16, 40, "float64", backend) == 3 * step
 
 
 @pytest.mark.parametrize("bound", [0.0, -1.0, 1.5, float("nan")])

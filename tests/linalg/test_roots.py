@@ -1,4 +1,4 @@
-"""Powers of positive semidefinite matrices, both ways, against float64."""
+"""Powers of positive semidefinite matrices by both methods, against float64."""
 
 from functools import partial
 
@@ -8,12 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_matrix._linalg import (
-    Parts,
-    decomposed,
-    inverse_root_by_newton,
-    power_by_eigh,
-)
+from optax_matrix._linalg import inverse_root_by_newton, power_by_eigh
 from tests.references import polar
 from tests.references import preconditioners as reference
 
@@ -24,7 +19,7 @@ SIZE = 6
 @partial(jax.jit, static_argnums=(0, 2))
 def compiled(method, a, exponent, damping):
     if method == "eigh":
-        return power_by_eigh(a, decomposed(a), exponent, damping)
+        return power_by_eigh(a, exponent, damping)
     return inverse_root_by_newton(a, round(-1 / exponent), damping)
 
 
@@ -232,28 +227,3 @@ def test_strict_promotion_changes_nothing(method):
             got = jax.tree.map(np.asarray, compiled(method, a, -1 / 4, damping))
             chex.assert_trees_all_close(got, want, rtol=1e-6)
             chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
-
-
-def test_parts_agree_on_the_residual_and_get_the_whole_power():
-    a = jnp.asarray(matrix(10.0)[:4, :4], "float32")
-    eigen = decomposed(a)
-    want = power_by_eigh(a, eigen, -0.5, 0.0)
-    # Vectors that are wrong in the rows of the second part alone.
-    wrong = eigen._replace(vectors=eigen.vectors.at[3].add(1.0))
-    off = jnp.abs(a @ wrong.vectors - wrong.vectors * wrong.values[None])
-
-    def seen_by(part, vectors):
-        rows = slice(2 * part, 2 * part + 2)
-        parts = Parts(
-            count=2,
-            sum=lambda x: x,
-            max=lambda x: jnp.maximum(x, off.max()),
-            own=lambda x: x[rows],
-            gather=lambda x, m: jnp.zeros((m, m)).at[rows].set(x),
-        )
-        return power_by_eigh(a, eigen._replace(vectors=vectors), -0.5, 0.0, parts)
-
-    found = [seen_by(part, wrong.vectors).residual for part in (0, 1)]
-    assert found[0] == found[1] > 0.1
-    both = seen_by(0, eigen.vectors).value + seen_by(1, eigen.vectors).value
-    np.testing.assert_allclose(both, want.value, atol=1e-6)

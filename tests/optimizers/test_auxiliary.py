@@ -17,30 +17,19 @@ def leaves_after(tx, steps=3):
     return iterates[-1]
 
 
-def expected(tx, steps=3):
-    params = problems.matrix_tree()
-    grads = [problems.matrix_tree(seed=t) for t in range(1, steps + 1)]
-    iterates, _ = problems.run(tx, params, grads)
-    return iterates[-1]
-
-
 @pytest.mark.parametrize(
     "settings, auxiliary",
     [
-        ({}, optax.adamw(0.02, b2=0.95, weight_decay=0.0)),
+        ({}, optax.adamw(0.003, b2=0.95, weight_decay=0.0)),
         (
             {"auxiliary_learning_rate": 1e-3},
             optax.adamw(1e-3, b2=0.95, weight_decay=0.0),
-        ),
-        (
-            {"auxiliary": {"b1": 0.8, "weight_decay": 0.1}},
-            optax.adamw(0.02, b1=0.8, b2=0.95, weight_decay=0.1),
         ),
         ({"auxiliary": optax.sgd(0.1)}, optax.sgd(0.1)),
     ],
 )
 def test_the_rest_is_trained_by_the_auxiliary_optimizer(settings, auxiliary):
-    got, want = leaves_after(om.muon(0.02, **settings)), expected(auxiliary)
+    got, want = leaves_after(om.muon(0.02, **settings)), leaves_after(auxiliary)
     for key in ("norm", "embed"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
@@ -111,45 +100,14 @@ def test_adam_l2_adds_the_penalty_to_the_gradient():
     np.testing.assert_allclose(got["kernel"], want["kernel"], rtol=1e-6)
 
 
-def test_bad_arguments_raise_at_construction():
+def test_an_unknown_name_raises():
     with pytest.raises(ValueError, match=r"`name` must be one of sgd, .*got 'mion'"):
         om.make_optimizer("mion", 0.1)
-    with pytest.raises(ValueError, match=r"optax.adamw does not take: .'beta1'."):
-        om.muon(0.1, auxiliary={"beta1": 0.9})
-    with pytest.raises(ValueError, match="`auxiliary_learning_rate` has no effect"):
+
+
+def test_the_rate_of_an_auxiliary_optimizer_of_ones_own_raises():
+    with pytest.raises(ValueError, match="`auxiliary_learning_rate` is that of the"):
         om.muon(0.1, auxiliary=optax.sgd(1.0), auxiliary_learning_rate=0.1)
-    with pytest.raises(ValueError, match="`learning_rate` must lie in"):
-        om.muon(-0.1)
-    with pytest.raises(ValueError, match="`momentum` must lie in"):
-        om.muonh(0.1, momentum=1.0)
-    with pytest.raises(ValueError, match="`weight_decay` must lie in"):
-        om.muonw(0.1, weight_decay=-1.0)
-    with pytest.raises(ValueError, match="`shape_scale` must be one of"):
-        om.muon(0.1, shape_scale="square")
-    with pytest.raises(ValueError, match="`b2` must lie in"):
-        om.adamh(0.1, b2=2.0)
-    with pytest.raises(ValueError, match="`b2` must lie in"):
-        om.normuon(0.1, b2=1.0)
-    with pytest.raises(ValueError, match="`eps` must lie in"):
-        om.adamuon(0.1, eps=0.0)
-    with pytest.raises(ValueError, match="`rms` must lie in"):
-        om.adamuon(0.1, rms=-1)
-    with pytest.raises(ValueError, match="`b1` must lie in"):
-        om.hopper(0.1, b1=1.0)
-    with pytest.raises(ValueError, match="`orthogonalize` must be one of"):
-        om.muon(0.1, orthogonalize="qr")
-    with pytest.raises(TypeError, match="`auxiliary` must be an optax"):
-        om.muon(0.1, auxiliary="adamw")
-    with pytest.raises(ValueError, match="`variance` must be one of"):
-        om.hopper(0.1, variance="both")
-    with pytest.raises(ValueError, match="`ns_steps` must be at least 0, got -1"):
-        om.hopper(0.1, ns_steps=-1)
-
-
-def test_traced_step_count_names_the_way_out():
-    tx = optax.inject_hyperparams(om.hopper)(learning_rate=0.1)
-    with pytest.raises(TypeError, match=r"static_args=\('ns_steps',\)"):
-        tx.init({"kernel": jnp.ones((3, 2))})
 
 
 def test_muonh_refuses_a_zero_matrix_with_its_path():

@@ -25,7 +25,7 @@ CASES = {
     "adamuon": (om.adamuon, reference.adamuon, {}),
     "hopper": (om.hopper, reference.hopper, {}),
     "hopper, 5 steps": (
-        lambda lr: om.hopper(lr, ns_steps=5),
+        lambda lr: om.hopper(lr, orthogonalize="newton_schulz"),
         reference.hopper,
         {"steps": 5},
     ),
@@ -68,10 +68,12 @@ def test_float32_follows_float64(name):
     np.testing.assert_allclose(got, want, atol=2e-5)
 
 
-def test_hopper_without_steps_is_adam():
+def test_hopper_without_orthogonalization_is_adam():
     params = {"kernel": problems.normal((6, 4)), "stack": problems.normal((2, 4, 3), 1)}
     grads = [jax.tree.map(lambda p, t=t: jnp.cos(p * t), params) for t in range(1, 11)]
-    hopper = om.hopper(0.01, variance="pre", ns_steps=0, rms=None, routing="matrix")
+    hopper = om.hopper(
+        0.01, variance="pre", orthogonalize=None, rms=None, routing="matrix"
+    )
     got, _ = problems.run(hopper, params, grads)
     want, _ = problems.run(optax.adam(0.01), params, grads)
     for a, b in zip(got, want, strict=True):
@@ -84,12 +86,13 @@ def test_adamuon_is_hopper_with_five_steps_but_for_the_sign():
     grads = [{"kernel": signs * (0.5 + t)} for t in range(6)]
     params = {"kernel": problems.normal((6, 4), 1)}
     got, _ = problems.run(om.adamuon(0.01), params, grads)
-    want, _ = problems.run(om.hopper(0.01, ns_steps=5), params, grads)
+    hopper = om.hopper(0.01, orthogonalize="newton_schulz")
+    want, _ = problems.run(hopper, params, grads)
     np.testing.assert_allclose(got[-1]["kernel"], want[-1]["kernel"], rtol=1e-5)
     # Any other momentum tells them apart.
     other = [{"kernel": problems.normal((6, 4), t)} for t in range(6)]
     a, _ = problems.run(om.adamuon(0.01), params, other)
-    b, _ = problems.run(om.hopper(0.01, ns_steps=5), params, other)
+    b, _ = problems.run(hopper, params, other)
     assert jnp.abs(a[-1]["kernel"] - b[-1]["kernel"]).max() > 1e-3
 
 
@@ -120,9 +123,9 @@ def test_debiased_muon_is_optax_contrib_muon(nesterov):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), a, b)
 
 
-@pytest.mark.parametrize("orthogonalize", ["halley", "exact", om.NewtonSchulz(1)])
+@pytest.mark.parametrize("orthogonalize", ["halley", "exact", om.NewtonSchulz(2), None])
 @pytest.mark.parametrize(
-    "factory", [om.muon, om.muonw, om.muonh, om.normuon, om.adamuon]
+    "factory", [om.muon, om.muonw, om.muonh, om.normuon, om.adamuon, om.hopper]
 )
 def test_the_orthogonalizing_stage_is_an_argument(factory, orthogonalize):
     params = {"kernel": problems.normal((6, 4))}

@@ -29,6 +29,25 @@ def is_due(since, refresh, turn):
     return since == 0 or (since - turn) % refresh == 0
 
 
+def turns(shapes, refresh, sides=(True, True), max_dim=None):
+    """Returns the turn of each matrix if refreshes are staggered.
+
+    Matrices of one shape stand together in a line, the shape that comes first in front.
+    Each takes the sum of the cubes of its sides that have a statistic, and its turn is
+    where its middle lies in the line, in updates of a round.
+    """
+    line = sorted(range(len(shapes)), key=lambda i: shapes.index(shapes[i]))
+
+    def cost(shape):
+        kept = [k**3 for k, side in zip(shape, sides, strict=True) if side]
+        return sum(k for k in kept if max_dim is None or k <= max_dim**3)
+
+    ends = dict(zip(line, np.cumsum([cost(shapes[i]) for i in line]), strict=True))
+    total = max(ends.values())
+    doubled = [2 * ends[i] - cost(shape) for i, shape in enumerate(shapes)]
+    return np.array([refresh * middle // (2 * total) for middle in doubled])
+
+
 def shampoo(
     grads,
     *,
@@ -270,6 +289,7 @@ def kl_shampoo(
     *,
     b1,
     b2,
+    shampoo_b2=None,
     eps,
     refresh=1,
     turn=0,
@@ -282,7 +302,8 @@ def kl_shampoo(
     The first gradient only gives the bases. The momentum is never rotated.
     """
     first, *later = np.asarray(grads, np.float64)
-    left, right = kl_sides(first, b2, initial, first_bases)
+    bs = b2 if shampoo_b2 is None else shampoo_b2
+    left, right = kl_sides(first, bs, initial, first_bases)
     m = np.zeros_like(first)
     out = [np.zeros_like(first)]
 
@@ -294,8 +315,8 @@ def kl_shampoo(
 
         # Each side from the other as it was before this gradient.
         left, right = (
-            kl_observed(left, right, g, b2, clamp),
-            kl_observed(right, left, g.T, b2, clamp),
+            kl_observed(left, right, g, bs, clamp),
+            kl_observed(right, left, g.T, bs, clamp),
         )
         if is_due(s, refresh, turn):
             left, right = kl_turned(left), kl_turned(right)

@@ -70,11 +70,13 @@ def close(got, want, tolerance, message=""):
     np.testing.assert_allclose(got, want, rtol=0, atol=atol, err_msg=message)
 
 
-def turns(changed, refresh):
-    """Returns which update of each round refreshes each matrix, the first being 0.
+def changes(history):
+    """Returns whether each update changed each matrix, (updates - 1, matrices)."""
+    return (np.diff(history, axis=0) != 0).any(axis=(2, 3))
 
-    The references count from the first refresh, one update before the first round, so
-    their `turn` is greater by 1.
+
+def turns(changed, refresh):
+    """Returns the turn of each matrix, as the references count it.
 
     Args:
       changed: Whether each update refreshed each matrix, of shape (updates, matrices).
@@ -90,4 +92,4 @@ def turns(changed, refresh):
     whole = changed[: rounds * refresh].reshape(rounds, refresh, -1)
     np.testing.assert_array_equal(whole.sum(axis=1), 1)
     np.testing.assert_array_equal(whole, np.stack([whole[0]] * rounds))
-    return np.argmax(whole[0], axis=0)
+    return (np.argmax(whole[0], axis=0) + 1) % refresh

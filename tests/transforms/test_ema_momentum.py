@@ -37,9 +37,9 @@ def test_is_optax_trace_times_one_minus_decay():
     np.testing.assert_allclose(jnp.stack(got), jnp.stack(want), rtol=1e-5, atol=1e-6)
 
 
-def test_accumulator_dtype_is_kept():
+def test_the_state_has_mu_dtype():
     grads = list(problems.normal((3, 4, 3)))
-    tx = om.ema_momentum(accumulator_dtype="bfloat16")
+    tx = om.ema_momentum(mu_dtype="bfloat16")
     updates, state = problems.unroll(tx, grads)
     assert state.momentum.dtype == jnp.bfloat16
     assert updates[-1].dtype == jnp.float32
@@ -56,7 +56,7 @@ def test_float64_is_not_narrowed():
         np.testing.assert_allclose(np.stack(got), want, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
-def test_names_the_bad_argument(decay):
-    with pytest.raises(ValueError, match=r"`decay` must lie in \[0, 1\), got"):
-        om.ema_momentum(decay)
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, float("nan")])
+def test_names_the_bad_argument(momentum):
+    with pytest.raises(ValueError, match=r"`momentum` must lie in \[0, 1\), got"):
+        om.ema_momentum(momentum)

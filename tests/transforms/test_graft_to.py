@@ -53,7 +53,7 @@ def test_matches_float64_reference(name):
         want = reference.grafted(magnitude(grads[:, i]), shampoo(grads[:, i]))
         histories.close(got[:, i], want, 1e-9)
     assert list(om.diagnostics.refreshes(state)) == [
-        f"direction/matrices/8x5/{side}" for side in ("left", "right")
+        f"direction/matrices/8x5/state/{side}" for side in ("left", "right")
     ]
 
 
@@ -73,7 +73,8 @@ def test_each_block_has_a_norm_of_its_own():
 
 def test_blocks_are_those_of_the_preconditioner():
     grads = histories.gradients((9, 8), 12)
-    direction = om.shampoo_precondition(refresh=3, block_size=5)
+    settings = om.Shampoo(block_size=5)
+    direction = om.shampoo_precondition(refresh=3, preconditioner=settings)
     tx = om.graft_to(optax.scale_by_rss(), direction, block_size=5)
     got, _ = histories.of(tx, grads)
     for block in histories.blocks((9, 8), 5):
@@ -161,7 +162,7 @@ def test_parameters_and_further_arguments_reach_both():
 
 @pytest.mark.parametrize("bad", [None, "adam", optax.adam, (1, 2)])
 def test_names_what_is_no_transformation(bad):
-    message = "`{}` must be an optax.GradientTransformation, got"
+    message = "`{}` must be an optax.GradientTransformation, such as .*, got"
     with pytest.raises(TypeError, match=message.format("magnitude")):
         om.graft_to(bad, optax.identity())
     with pytest.raises(TypeError, match=message.format("direction")):

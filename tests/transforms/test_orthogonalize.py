@@ -9,6 +9,8 @@ import optax_matrix as om
 from tests import problems
 from tests.references import optimizers as reference
 
+pytestmark = pytest.mark.core
+
 METHODS = {
     "newton_schulz": om.orthogonalize_newton_schulz(12, coefficients="track3"),
     "halley": om.orthogonalize_halley(1e-2, steps=3),

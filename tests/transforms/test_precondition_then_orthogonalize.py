@@ -14,8 +14,8 @@ TALL = (2, 8, 5)
 
 
 def directions(grads, state):
-    """SOAP's, of each matrix of a stack."""
-    own = state[0].matrices["8x5"]
+    """The directions of SOAP for each matrix of a stack."""
+    own = state[0].matrices["8x5"].state
     return [
         reference.soap(
             grads[:, i],
@@ -58,6 +58,12 @@ def test_newton_schulz_is_the_default_and_a_method_is_taken():
     assert np.abs(once(om.NewtonSchulz(1)) - once()).max() > 1e-2
 
 
+def test_no_method_leaves_the_preconditioner():
+    grads = histories.gradients((4, 3), 2)
+    tx = om.precondition_then_orthogonalize(optax.scale(2.0), None)
+    np.testing.assert_allclose(histories.of(tx, grads)[0], 2 * grads)
+
+
 def test_the_layout_is_of_the_second_stage():
     grads = histories.gradients((3, 2, 4), 1)
     layout = om.MatrixLayout(inputs=-1, outputs=0)
@@ -76,7 +82,9 @@ def test_names_what_is_no_transformation(bad):
 
 
 def test_names_the_bad_method_or_leaf():
-    with pytest.raises(ValueError, match="`method` must be one of 'newton_schulz'"):
+    with pytest.raises(
+        ValueError, match="`orthogonalize` must be one of 'newton_schulz'"
+    ):
         om.precondition_then_orthogonalize(optax.identity(), "svd")
     tx = om.precondition_then_orthogonalize(optax.identity())
     with pytest.raises(ValueError, match=r"'b'.*\(3,\)"):

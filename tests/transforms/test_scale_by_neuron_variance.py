@@ -75,7 +75,7 @@ def test_zero_stays_zero_beside_others():
 
 
 def test_names_the_bad_argument_or_leaf():
-    with pytest.raises(ValueError, match=r"`decay` must lie in \[0, 1\), got -1"):
+    with pytest.raises(ValueError, match=r"`b2` must lie in \[0, 1\), got -1"):
         om.scale_by_neuron_variance(-1)
     with pytest.raises(ValueError, match=r"'b'.*\(3,\)"):
         om.scale_by_neuron_variance().init({"b": jnp.ones(3)})

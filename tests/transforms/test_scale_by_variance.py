@@ -1,4 +1,4 @@
-"""scale_by_variance: Adam's second moment of whatever arrives."""
+"""scale_by_variance: Adam's second moment of the incoming updates."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +43,7 @@ def test_zero_stays_zero():
 
 
 def test_names_the_bad_argument():
-    with pytest.raises(ValueError, match=r"`decay` must lie in \[0, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"`b2` must lie in \[0, 1\), got 1"):
         om.scale_by_variance(1.0)
     with pytest.raises(ValueError, match=r"`eps` must lie in \(0, inf\), got 0"):
         om.scale_by_variance(eps=0.0)

@@ -1,5 +1,6 @@
-"""match_rms, normalize_frobenius, scale_by_shape, floor_update_ratio."""
+"""match_rms, normalize_frobenius, scale_by_shape, floor_update_ratio, scale_by_sign."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -100,12 +101,40 @@ def test_floor_lengthens_only_what_is_short():
     np.testing.assert_allclose(got[0] * u[0, 0, 0] / got[0, 0, 0], u[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scale_by_sign_follows_its_formula(dtype):
+    # Subnormal numbers are zeros on some backends, so none are here.
+    u = jnp.asarray([[-3.0, 1e-30, 0.0], [7.0, -0.0, -1e30]], dtype)
+    want = np.where(np.isinf(u), np.nan, np.sign(np.asarray(u, np.float64)))
+    got = problems.unroll(om.scale_by_sign(), [{"a": u, "b": u[0, 0]}])[0][0]
+    assert got["a"].dtype == got["b"].dtype == u.dtype
+    np.testing.assert_array_equal(np.asarray(got["a"], np.float64), want)
+    assert got["b"] == -1
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_scale_by_sign_shows_what_is_not_finite_and_only_there(bad):
+    u = problems.normal((3, 4))
+    got = once(om.scale_by_sign(), u.at[1, 2].set(bad))
+    want = np.sign(np.asarray(u, np.float64))
+    want[1, 2] = np.nan
+    np.testing.assert_array_equal(got, want)
+
+
+def test_none_returns_updates_unchanged():
+    updates = {"kernel": problems.normal((4, 3)), "bias": jnp.ones(3), "none": None}
+    for tx in (om.match_rms(None), om.scale_by_shape(None), om.orthogonalize(None)):
+        got, state = tx.update(updates, tx.init(updates), value=1.0)
+        assert got is updates
+        assert not jax.tree.leaves(state)
+
+
 def test_names_the_bad_argument():
-    with pytest.raises(ValueError, match=r"`target` must lie in \(0, inf\), got 0"):
+    with pytest.raises(ValueError, match=r"`rms` must lie in \(0, inf\), got 0"):
         om.match_rms(0)
     with pytest.raises(ValueError, match="`to` must be one of 'one', 'param', got 2"):
         om.normalize_frobenius(2)
-    with pytest.raises(ValueError, match=r"`rule` must be one of .*got 'muon'"):
+    with pytest.raises(ValueError, match=r"`shape_scale` must be one of .*got 'muon'"):
         om.scale_by_shape("muon")
     with pytest.raises(ValueError, match="`rms` must lie in"):
         om.scale_by_shape("rms", rms=-1.0)

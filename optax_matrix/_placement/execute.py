@@ -1,0 +1,279 @@
+"""The one executor: applies a function to all matrices, each on its owner."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+from jax import Array
+
+from optax_matrix import _mesh
+from optax_matrix._layout import MatrixView
+from optax_matrix._placement import exchange, states
+from optax_matrix._placement.groups import Group, Member, Plan, make_plan
+from optax_matrix._placement.placement import Leaf
+from optax_matrix._placement.stacks import (
+    by_shape,
+    concatenated,
+    is_empty,
+    split_like,
+)
+
+States = dict[str, states.MatrixStack]
+
+
+class Work(Protocol):
+    """What is done to the matrices of one shape on one device; hashable."""
+
+    def __call__(
+        self, arrays: Sequence[Array], state: Any, scalars: Any
+    ) -> tuple[list[Array], Any]:
+        """Returns results like `arrays`, (count, m, n) each, and the new state.
+
+        Args:
+          arrays: The matrices.
+          state: A `MatrixStack` with their states in the same order, or None.
+          scalars: Numbers that may be traced.
+        """
+        ...
+
+
+def map_matrices(
+    work: Work,
+    leaves: Sequence[Leaf],
+    state: States | None = None,
+    scalars: Any = None,
+    *,
+    transposable: bool = False,
+    stack_size: int | None = None,
+) -> tuple[list[Array], States | None]:
+    """Applies `work` to every matrix of the leaves, spread over their mesh.
+
+    Args:
+      work: What to do.
+      leaves: The leaves.
+      state: The states of the matrices, from `init`; None for work without state.
+      scalars: Numbers for `work` that may be traced.
+      transposable: Whether `work` may be given matrices transposed.
+      stack_size: The number of matrices in a round; None is 1 GiB of them.
+
+    Returns:
+      Arrays like the leaves, with their shardings, and the new states.
+    """
+    results = [leaf.value for leaf in leaves]
+    for mesh, where in leaves_by_mesh(leaves).items():
+        some = [leaves[i] for i in where]
+        arrays = tuple(leaf.value for leaf in some)
+        if mesh is None:
+            arrays = tuple(map(_mesh.gathered, arrays))
+            views = tuple(leaf.view for leaf in some)
+            done, state = _on_one_device(
+                work, views, transposable, arrays, state, scalars
+            )
+            done = map(_mesh.like, done, (leaf.value for leaf in some))
+        else:
+            plan = make_plan(some, transposable, stack_size)
+            done, state = _on_mesh(plan, work, arrays, state, scalars)
+        for i, x in zip(where, done, strict=True):
+            results[i] = x
+    return results, state
+
+
+def check_leaves(
+    leaves: Sequence[Leaf], transposable: bool, stack_size: int | None
+) -> None:
+    """Raises what `map_matrices` would raise about shapes and shardings."""
+    for mesh, where in leaves_by_mesh(leaves).items():
+        if mesh is not None:
+            make_plan([leaves[i] for i in where], transposable, stack_size)
+
+
+def init_states(
+    make: states.Make, leaves: Sequence[Leaf], stack_size: int | None
+) -> States:
+    """Makes the state of every matrix of the leaves, each with its owner.
+
+    Args:
+      make: Makes the state of one matrix from its inputs, outputs and dtype.
+      leaves: The leaves.
+      stack_size: As for `map_matrices`.
+
+    Raises:
+      ValueError: If the leaves lie on different meshes.
+    """
+    meshes = leaves_by_mesh(leaves)
+    if len(meshes) > 1:
+        raise ValueError(
+            f"The leaves lie on different meshes, or some on none: {list(meshes)}. Put "
+            "them on one mesh, or give each its own optimizer with `optax.partition`."
+        )
+    some = [leaf for leaf in leaves if not is_empty(leaf)]
+    on_mesh = any(mesh is not None for mesh in meshes)
+    plan = make_plan(some, False, stack_size) if on_mesh else None
+    return states.init_states(make, some, plan)
+
+
+def leaves_by_mesh(leaves: Sequence[Leaf]) -> dict[Any, list[int]]:
+    """Returns the positions of the leaves on each mesh, without empty leaves."""
+    found: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        if not is_empty(leaf):
+            mesh = None if leaf.sharding is None else leaf.sharding.mesh
+            found.setdefault(mesh, []).append(i)
+    return found
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _on_one_device(
+    work: Work,
+    views: tuple[MatrixView, ...],
+    transposable: bool,
+    arrays: tuple[Array, ...],
+    state: States | None,
+    scalars: Any,
+) -> tuple[tuple[Array, ...], States | None]:
+    """Works on the matrices of each shape together."""
+    leaves = [Leaf(x, view, None) for x, view in zip(arrays, views, strict=True)]
+    stacks = by_shape(leaves, transposable)
+    found = [list(view.to_stacks(x)) for x, view in zip(arrays, views, strict=True)]
+    if state is not None:
+        rows = {
+            name: sum(len(found[i][j]) for i, j, _ in members)
+            for name, members in stacks
+        }
+        states.check_states(rows, state)
+    kept = {}
+    for name, members in stacks:
+        given = [found[i][j].mT if turn else found[i][j] for i, j, turn in members]
+        done, kept[name] = work(given, state and state[name], scalars)
+        for (i, j, turn), y in zip(members, done, strict=True):
+            found[i][j] = y.mT if turn else y
+    results = tuple(view.from_stacks(ys) for view, ys in zip(views, found, strict=True))
+    return results, None if state is None else kept
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _on_mesh(
+    plan: Plan,
+    work: Work,
+    arrays: tuple[Array, ...],
+    state: States | None,
+    scalars: Any,
+) -> tuple[tuple[Array, ...], States | None]:
+    """Works on the matrices of each group, each on its owner."""
+    specs = None
+    if state is not None:
+        specs = states.stack_specs(plan)
+        devices = plan.mesh.size
+        rows = {s.name: s.rows * devices for s in states.stack_rows(plan)}
+        states.check_states(rows, state)
+    return jax.shard_map(
+        partial(_on_device, plan, work),
+        mesh=plan.mesh,
+        in_specs=(plan.specs, specs, jax.P()),
+        out_specs=(plan.specs, specs),
+        # It cannot see that what every device sends to all is replicated.
+        check_vma=False,
+    )(arrays, state, scalars)
+
+
+def _on_device(
+    plan: Plan,
+    work: Work,
+    arrays: tuple[Array, ...],
+    state: States | None,
+    scalars: Any,
+) -> tuple[tuple[Array, ...], States | None]:
+    """Does what one device does, given its shards of the leaves and of the states."""
+    found = [
+        list(view.to_stacks(x)) for view, x in zip(plan.views, arrays, strict=True)
+    ]
+    kept: States = {}
+    for group, stacks in states.stacks_by_group(plan):
+        pieces = [_pieces(group, m, found[m.leaf][m.stack]) for m in group.members]
+        done, new = _on_group(group, stacks, work, pieces, state, scalars)
+        kept |= new
+        for member, y in zip(group.members, done, strict=True):
+            old = found[member.leaf][member.stack]
+            found[member.leaf][member.stack] = _unpieced(member, y, old.shape)
+    results = tuple(
+        view.from_stacks(ys) for view, ys in zip(plan.views, found, strict=True)
+    )
+    return results, None if state is None else kept
+
+
+def _on_group(
+    group: Group,
+    stacks: Sequence[states.StackRows],
+    work: Work,
+    pieces: Sequence[Array],
+    state: States | None,
+    scalars: Any,
+) -> tuple[list[Array], States]:
+    """Exchanges the matrices of a group and works on them, one round after another."""
+    done, kept = [], []
+    for start, stop in group.rounds():
+        part = concatenated(
+            list(_range(pieces, start * group.owners, stop * group.owners))
+        )
+        with jax.named_scope("exchange"):
+            owned = exchange.to_owners(group, part)
+        view, results, new = group.blocks(stop - start), [], {}
+        for stack, x in zip(stacks, view.to_stacks(owned), strict=True):
+            rows = slice(start * stack.per_slot, stop * stack.per_slot)
+            old = jax.tree.map(lambda s, r=rows: s[r], state and state[stack.name])
+            owned_by_all = (group.full_slots - start) * stack.per_slot
+            y, new[stack.name] = _on_owned(group, work, owned_by_all, x, old, scalars)
+            results.append(y)
+        with jax.named_scope("exchange"):
+            whole = view.from_stacks(results)
+            done.append(exchange.from_owners(group, whole, len(part)))
+        kept.append(new)
+    joined = jax.tree.map(lambda *rounds: concatenated(rounds), *kept)
+    return split_like(concatenated(done), pieces), joined
+
+
+def _on_owned(
+    group: Group, work: Work, count: int, x: Array, state: Any, scalars: Any
+) -> tuple[Array, Any]:
+    """Works on the first `count` matrices, and on the rest if this device owns them.
+
+    Only the last slot of a group may be empty on some devices, which then do nothing.
+    """
+
+    def on(part: slice) -> tuple[Array, Any]:
+        (y,), new = work([x[part]], jax.tree.map(lambda s: s[part], state), scalars)
+        return y, new
+
+    def idle() -> tuple[Array, Any]:
+        return x[count:], jax.tree.map(lambda s: s[count:], state)
+
+    if count >= len(x):
+        return on(slice(None))
+    last = jax.lax.cond(exchange.owns_last(group), lambda: on(slice(count, None)), idle)
+    if count == 0:
+        return last
+    return jax.tree.map(lambda *s: concatenated(s), on(slice(count)), last)
+
+
+def _pieces(group: Group, member: Member, x: Array) -> Array:
+    """Returns this device's (count, m, n) of a leaf as pieces (count, *group.piece)."""
+    x = x.mT if member.transposed else x
+    return x.reshape(member.count, *group.piece)
+
+
+def _unpieced(member: Member, y: Array, shape: tuple[int, ...]) -> Array:
+    """Returns pieces as (count, m, n): the inverse of `_pieces`."""
+    if member.transposed:
+        count, m, n = shape
+        return y.reshape(count, n, m).mT
+    return y.reshape(shape)
+
+
+def _range(arrays: Sequence[Array], start: int, stop: int) -> Iterator[Array]:
+    """Yields what several arrays have of a range of their concatenation."""
+    for x in arrays:
+        low, high = max(start, 0), min(stop, len(x))
+        if low < high:
+            yield x[low:high]
+        start, stop = start - len(x), stop - len(x)

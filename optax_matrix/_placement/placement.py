@@ -1,0 +1,127 @@
+"""Where the leaves of a tree lie."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+from optax_matrix import _check, _layout, _mesh, _paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Says where the matrices of a tree lie, and how many are worked on at once.
+
+    On a mesh with explicit axes (the default of `jax.make_mesh` since JAX 0.9) the
+    types of arrays carry their shardings, and no `Placement` is needed. On a mesh with
+    auto axes, shardings are not visible while a function is traced: pass the parameters
+    or their shardings here. Without them, leaves are assumed to be replicated if a mesh
+    is set (`jax.set_mesh`), so that sharded leaves are gathered first; with no mesh
+    set, every product is left to the compiler.
+
+    Args:
+      sharding: The sharded parameters, or a tree (prefix) of their shardings:
+        `jax.sharding.NamedSharding`s on one mesh. Updates must have the same shardings.
+      stack_size: The largest number of matrices of one shape that a device multiplies
+        in one batched product, or receives in one exchange, at least 1. 1 is a loop,
+        which is fastest on CPU; larger stacks take more memory. None: 1 on CPU and
+        stacks of 2²⁶ entries elsewhere, and exchanges of up to 1 GiB per device.
+
+    Raises:
+      TypeError: At construction, if `sharding` has leaves without a named sharding, or
+        `stack_size` is not an int.
+      ValueError: At construction, if `stack_size` is below 1.
+
+    Example:
+      >>> import jax
+      >>> mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))
+      >>> everywhere = jax.NamedSharding(mesh, jax.P())
+      >>> placement = Placement(everywhere)  # one sharding for all leaves
+    """
+
+    sharding: Any = None
+    stack_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Stores the shardings of the parameters instead of the parameters."""
+        if self.stack_size is not None:
+            _check.static_int("stack_size", self.stack_size, 1)
+        tree = jax.tree.map(
+            lambda leaf: getattr(leaf, "sharding", leaf), _paths.unboxed(self.sharding)
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if not isinstance(leaf, jax.sharding.Sharding):
+                raise TypeError(
+                    "`sharding` must hold sharded arrays or shardings, got "
+                    f"{type(leaf).__name__} at '{_paths.path_name(path)}'. Pass the "
+                    "parameters, or jax.tree.map(lambda p: p.sharding, params)."
+                )
+        object.__setattr__(self, "sharding", tree)
+
+    def shardings(
+        self, tree: Any, by_type: bool = False
+    ) -> list[jax.NamedSharding | None]:
+        """Returns the sharding of every leaf, or None where it is on one device.
+
+        Inside a `jax.shard_map` of the user's every device has leaves of its own.
+
+        Args:
+          tree: Arrays or their descriptions.
+          by_type: Whether to use types alone, as for state that `init` lays out outside
+            `jax.jit` and `update` takes inside.
+        """
+        if self.sharding is None or _mesh.inside_shard_map():
+            found = _mesh.typed if by_type else _mesh.seen
+            return [found(leaf) for leaf in jax.tree.leaves(tree)]
+        matched = _paths.match(self.sharding, tree, "sharding", lambda _: False)
+        return [
+            entry if isinstance(entry, jax.NamedSharding) else None
+            for _, entry, _ in matched
+        ]
+
+
+def as_placement(placement: Placement | None) -> Placement:
+    """Returns the placement, or the default one for None.
+
+    Raises:
+      TypeError: If it is something else, such as a tree of parameters.
+    """
+    if placement is None:
+        return Placement()
+    _check.instance("placement", placement, Placement)
+    return placement
+
+
+class Leaf(NamedTuple):
+    """A leaf, its matrices, and its sharding, which is None on one device."""
+
+    value: Any
+    view: _layout.MatrixView
+    sharding: jax.NamedSharding | None
+
+
+def resolve(
+    tree: Any,
+    layout: _layout.Layout,
+    placement: Placement,
+    by_type: bool = False,
+) -> list[Leaf]:
+    """Finds the matrices and the sharding of every leaf, in the order of the leaves.
+
+    Args:
+      tree: Arrays or their descriptions.
+      layout: Which axes make the matrices, see `_layout.tree_views`.
+      placement: Where leaves lie.
+      by_type: See `Placement.shardings`.
+
+    Raises:
+      TypeError: If an entry of `layout` is not a layout.
+      ValueError: If `layout` or `placement` does not match `tree`, or a layout does not
+        fit its leaf.
+    """
+    pairs = zip(
+        _layout.tree_views(layout, tree),
+        placement.shardings(tree, by_type),
+        strict=True,
+    )
+    return [Leaf(value, view, sharding) for (view, value), sharding in pairs]

@@ -1,0 +1,60 @@
+"""Checks of arguments that several transformations and optimizers have."""
+
+import math
+import reprlib
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from optax_matrix import _check
+
+
+def number(
+    name: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    low_open: bool = False,
+) -> None:
+    """Raises unless `value` is a real number in the range, see `_check.in_range`.
+
+    Raises:
+      TypeError: If `value` is something else, such as None or a schedule.
+      ValueError: If it is outside the range.
+    """
+    if value is None:
+        raise TypeError(f"`{name}` must be a real number, got None.")
+    if callable(value):
+        raise TypeError(
+            f"`{name}` must be a real number, got {reprlib.repr(value)}. For a "
+            "schedule, use `optax.inject_hyperparams`."
+        )
+    _check.in_range(name, value, low, high, low_open=low_open)
+
+
+def transformation(name: str, value: Any) -> None:
+    """Raises unless `value` is an `optax.GradientTransformation`."""
+    if not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"`{name}` must be an optax.GradientTransformation, such as "
+            f"`optax.adamw(3e-3)`, got {reprlib.repr(value)}."
+        )
+
+
+def state_dtype(name: str, value: DTypeLike | None) -> str | None:
+    """Returns the name of a dtype for state; None is that of the arithmetic.
+
+    Raises:
+      ValueError: If the dtype is not bfloat16, float32 or float64.
+    """
+    if value is None:
+        return None
+    try:
+        value = jnp.dtype(value).name
+    except TypeError:
+        pass  # `one_of` names the argument.
+    _check.one_of(name, value, ("bfloat16", "float32", "float64"))
+    return str(value)

@@ -1,0 +1,141 @@
+"""Absurd arguments raise at construction, with an error that names the argument."""
+
+import inspect
+import re
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_matrix as om
+from tests.transforms.every import OPTIMIZERS, TRANSFORMS
+
+NAN = float("nan")
+NO_NUMBERS = ("0.9", True, [0.1], {"a": 0.1}, np.ones(2), 1j, NAN, jnp.float32(NAN))
+NO_INTEGERS = ("3", True, 2.5, np.float32(2), [3])
+NO_BOOLEANS = ("no", 1, jnp.array(True))
+NO_DTYPES = ("int8", "nonsense", "float16", 3)
+NO_SETTINGS = ({}, "soap", om.SOAP, om.Preconditioner(), ("stagger", True))
+NO_TRANSFORMATIONS = ("adamw", {}, optax.adamw, 3, (optax.identity(),))
+
+
+def in_unit(*more):
+    """What is no decay in [0, 1)."""
+    return (*NO_NUMBERS, -0.1, 1, 1.5, *more)
+
+
+def positive(*more):
+    return (*NO_NUMBERS, 0, -1.0, float("inf"), *more)
+
+
+def not_negative(*more):
+    return (*NO_NUMBERS, -1, np.float32(-0.5), *more)
+
+
+# Only learning rates and weight decays may be schedules.
+SCHEDULE = optax.constant_schedule(0.5)
+BAD = {
+    "auxiliary": NO_TRANSFORMATIONS,
+    "auxiliary_learning_rate": not_negative(),
+    "b2": in_unit(SCHEDULE),
+    "block_size": (*NO_INTEGERS, 0, -1),
+    "coefficients": ("nonsense", [(1.0,)], [], 3, [("3", "2", "1")]),
+    "damping": not_negative(SCHEDULE),
+    "debias": NO_BOOLEANS,
+    "direction": NO_TRANSFORMATIONS,
+    "dtype": ("int8", "nonsense", 3),
+    "eps": positive(SCHEDULE),
+    "exponents": (-0.25, (-0.25,), (0.5, None), ("a", None), (None, None), (NAN, -1)),
+    "factor_b2": in_unit(SCHEDULE),
+    "factor_dtype": NO_DTYPES,
+    "first": NO_TRANSFORMATIONS,
+    "floor": not_negative(SCHEDULE),
+    "graft": ("lion", 3, optax.adam, {}, True),
+    "initial": positive(SCHEDULE),
+    "inner": NO_TRANSFORMATIONS,
+    "learning_rate": not_negative(),
+    "lower_bound": ("a", True, 0.0, 1.5, NAN, SCHEDULE),
+    "magnitude": NO_TRANSFORMATIONS,
+    "max_dim": (*NO_INTEGERS, 0),
+    "max_failures": (*NO_INTEGERS, 0),
+    "max_scale": positive(SCHEDULE),
+    "method": ("nonsense", 3, True, om.NewtonSchulz),
+    "momentum": in_unit(SCHEDULE),
+    "mu_dtype": NO_DTYPES,
+    "nesterov": NO_BOOLEANS,
+    "normalization": ("max", 3, True),
+    "orthogonalize": ("qr", 3, True, om.NewtonSchulz, om.SOAP()),
+    "placement": ({"kernel": jnp.ones((3, 2))}, "x", 3, jax.P("x"), om.Placement),
+    "precision": ("best", 3.5),
+    "precondition": NO_TRANSFORMATIONS,
+    "preconditioner": NO_SETTINGS,
+    "refresh": (*NO_INTEGERS, 0, -1, SCHEDULE, jnp.float32(2)),
+    "residual_bound": positive(SCHEDULE),
+    "rms": positive(SCHEDULE),
+    "root": ("svd", 3, True),
+    "safety": ("a", 0.5, NAN, True),
+    "second": NO_TRANSFORMATIONS,
+    "shape_scale": ("square", True, 1),
+    "stagger": NO_BOOLEANS,
+    "start": (*NO_INTEGERS, -1, SCHEDULE),
+    "step": not_negative(SCHEDULE),
+    "steps": (*NO_INTEGERS, 0, jnp.int32(5)),
+    "to": ("two", 2, True),
+    "variance": ("mid", True, 1),
+    "weight_decay": not_negative(),
+}
+# Trees and functions of trees, which `init` checks against the parameters.
+CHECKED_LATER = {"layout", "routing", "weight_decay_mask"}
+# Where errors have the name of the argument of the optimizers.
+NAMED = {
+    ("orthogonalize", "method"): "orthogonalize",
+    ("precondition_then_orthogonalize", "method"): "orthogonalize",
+}
+SETTINGS = {
+    kind.__name__: kind
+    for kind in (om.SOAP, om.KL, om.Shampoo, om.NewtonSchulz, om.Halley, om.Exact)
+}
+REQUIRED = {
+    "add_cautious_weight_decay": {"weight_decay": 0.1},
+    "float32_statistics": {"inner": optax.identity()},
+    "graft_to": {"magnitude": optax.identity(), "direction": optax.identity()},
+    "precondition_then_orthogonalize": {"precondition": optax.identity()},
+    "switch_at": {"step": 1, "first": optax.identity(), "second": optax.identity()},
+    "NewtonSchulz": {"coefficients": "polar_express"},
+}
+
+
+def factories():
+    for name in TRANSFORMS:
+        yield name, getattr(om, name)
+    yield from OPTIMIZERS.items()
+    yield from SETTINGS.items()
+
+
+# The name of a factory and of an argument, and whether it takes None.
+CASES = [
+    (name, argument, type(None) in typing.get_args(parameter.annotation))
+    for name, factory in factories()
+    for argument, parameter in inspect.signature(factory).parameters.items()
+    if argument not in CHECKED_LATER
+]
+
+
+@pytest.mark.parametrize("name, argument, takes_none", CASES)
+def test_absurd_arguments_raise_at_construction_by_name(name, argument, takes_none):
+    factory = dict(factories())[name]
+    shown = re.escape(f"`{NAMED.get((name, argument), argument)}`")
+    bad = BAD[argument] if takes_none else (*BAD[argument], None)
+    for value in bad:
+        with pytest.raises((TypeError, ValueError), match=shown) as raised:
+            factory(**REQUIRED.get(name, {}) | {argument: value})
+            pytest.fail(f"{name}({argument}={value!r}) raised nothing")
+        assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("name, argument", [c[:2] for c in CASES if c[2]])
+def test_none_is_accepted_where_the_signature_says_so(name, argument):
+    dict(factories())[name](**REQUIRED.get(name, {}) | {argument: None})

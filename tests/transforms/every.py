@@ -1,0 +1,33 @@
+"""Every public transformation and matrix optimizer, with arguments where needed."""
+
+import inspect
+from collections.abc import Callable
+
+import optax
+
+import optax_matrix as om
+
+MADE = {
+    "add_cautious_weight_decay": lambda: om.add_cautious_weight_decay(0.1),
+    "float32_statistics": lambda: om.float32_statistics(optax.scale_by_adam()),
+    "graft_to": lambda: om.graft_to(om.ema_momentum(), om.normalize_frobenius()),
+    "precondition_then_orthogonalize": lambda: om.precondition_then_orthogonalize(
+        om.soap_precondition()
+    ),
+    "switch_at": lambda: om.switch_at(1, om.match_rms(), om.ema_momentum()),
+}
+
+
+def _is_transformation(name):
+    module = getattr(getattr(om, name), "__module__", "")
+    return module.startswith("optax_matrix._transforms") and inspect.isfunction(
+        getattr(om, name)
+    )
+
+
+TRANSFORMS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    name: MADE[name] if name in MADE else getattr(om, name)
+    for name in om.__all__
+    if _is_transformation(name)
+}
+OPTIMIZERS = {name: om.OPTIMIZERS[name] for name in sorted(om.MATRIX_OPTIMIZERS)}
