@@ -49,6 +49,7 @@ def test_leaves_without_entries_pass_beside_others(name, jit):
         want, alone = update(full, alone, full)
     for key, shape in EMPTY.items():
         assert got[key].shape == shape and got[key].dtype == jnp.float32
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     np.testing.assert_allclose(got["w"], want["w"], rtol=1e-5, atol=1e-6)
 
 
