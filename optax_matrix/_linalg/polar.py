@@ -309,5 +309,7 @@ def _store_types(
     allowed: tuple[str, ...],
 ) -> None:
     """Stores dtype and precision in a hashable form on a frozen instance."""
-    object.__setattr__(method, "dtype", numerics.as_dtype(dtype, allowed))
+    found = numerics.as_dtype(dtype, allowed)
+    # By name, because NumPy takes None for float64: `np.dtype("float64") == None`.
+    object.__setattr__(method, "dtype", None if found is None else found.name)
     object.__setattr__(method, "precision", numerics.as_precision(precision))

@@ -257,6 +257,18 @@ def test_methods_are_static_values(method):
     assert as_method(method) is method
 
 
+@pytest.mark.parametrize("kind", [NewtonSchulz, Halley, Exact])
+def test_float64_is_another_method_than_the_default(kind):
+    # They share no compiled program.
+    assert kind(dtype="float64") != kind()
+    with jax.enable_x64(True):
+        x = jnp.asarray(gaussian((3, 5)), "float32")
+        got, low = run(kind(dtype="float64"), x), run(kind(), x)
+        want = kind(dtype="float64").polar(x)
+    np.testing.assert_allclose(got, want, atol=1e-7)
+    assert np.abs(got - low).max() > 0
+
+
 def test_a_method_survives_injection():
     def factory(learning_rate, how):
         def update(updates, state, params=None):
@@ -287,7 +299,7 @@ def test_names():
 def test_stored_form_is_hashable_and_replaceable():
     own = NewtonSchulz(coefficients=[[1.5, -0.5, 0.0]], steps=3, dtype=jnp.bfloat16)
     assert own.coefficients == ((1.5, -0.5, 0.0),)
-    assert own.dtype == jnp.dtype("bfloat16")
+    assert own.dtype == "bfloat16"
     assert own.rows == ((1.5, -0.5, 0.0),) * 3
     assert len(dataclasses.replace(own, steps=7).rows) == 7
     assert NewtonSchulz(precision="highest").precision is jax.lax.Precision.HIGHEST
