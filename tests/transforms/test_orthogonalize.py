@@ -1,5 +1,6 @@
 """The orthogonalizing transforms: matrices found in leaves, whatever their layout."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -80,6 +81,40 @@ def test_a_method_of_ones_own_is_taken():
 
     x = problems.normal((3, 4))
     np.testing.assert_array_equal(once(om.orthogonalize(Sign()), x), np.sign(x))
+
+
+SETTINGS = [
+    (om.orthogonalize_exact, om.Exact, {"method": "eigh"}),
+    (om.orthogonalize_exact, om.Exact, {"dtype": "float64"}),
+    (om.orthogonalize_halley, om.Halley, {"lower_bound": 0.1}),
+    (om.orthogonalize_halley, om.Halley, {"steps": 2}),
+    (om.orthogonalize_halley, om.Halley, {"dtype": "float64"}),
+    (om.orthogonalize_newton_schulz, om.NewtonSchulz, {"steps": 3}),
+    (om.orthogonalize_newton_schulz, om.NewtonSchulz, {"coefficients": "quintic"}),
+    (om.orthogonalize_newton_schulz, om.NewtonSchulz, {"method": "plain"}),
+    (om.orthogonalize_newton_schulz, om.NewtonSchulz, {"dtype": "bfloat16"}),
+    (om.orthogonalize_newton_schulz, om.NewtonSchulz, {"precision": "highest"}),
+]
+
+
+def program(tx):
+    x = jnp.ones((5, 4, 12))
+    with jax.enable_x64(True):
+        return str(jax.make_jaxpr(lambda x: tx.update(x, tx.init(x))[0])(x))
+
+
+@pytest.mark.parametrize("named, method, settings", SETTINGS)
+def test_named_transforms_pass_their_settings_on(named, method, settings):
+    where = {
+        "layout": om.MatrixLayout(inputs=-1, outputs=0),
+        "placement": om.Placement(stack_size=2),
+    }
+    want = program(om.orthogonalize(method(**settings), **where))
+    assert program(named(**settings, **where)) == want
+    assert program(named(**where)) != want
+    for name in where:
+        less = {key: value for key, value in where.items() if key != name}
+        assert program(named(**settings, **less)) != want
 
 
 def test_an_unknown_method_or_step_count_raises_at_construction():
