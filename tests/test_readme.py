@@ -50,7 +50,7 @@ def test_python_blocks_run(page):
 
 def test_the_speeds_are_those_of_the_raw_results():
     sets = {}
-    for name in ("2026-11-22", "gpt384_2026-11-22"):
+    for name in ("2026-11-22", "gpt384_2026-11-24"):
         path = ROOT / "benchmarks" / "results" / f"step_time_{name}.json"
         sets |= json.loads(path.read_text())["sets"]
 
@@ -68,7 +68,7 @@ def test_the_speeds_are_those_of_the_raw_results():
 def test_the_tables_of_the_docs_are_those_of_the_raw_results():
     results = ROOT / "benchmarks" / "results"
     text = (ROOT / "benchmarks" / "README.md").read_text()
-    for name in ("gpt384_2026-11-22", "2026-11-22"):
+    for name in ("gpt384_2026-11-24", "many224_2026-11-24", "2026-11-22"):
         assert step_time.table(results / f"step_time_{name}.json").strip() in text
     assert preconditioners.table(results / "preconditioners_2026-11-22.json") in text
     sweep = results / "nanogpt_preconditioners_2026-11-22.json"
