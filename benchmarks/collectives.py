@@ -309,16 +309,22 @@ MODELS = {
 def predict(
     case: Case, method: str = "newton_schulz", dtype: str = "float32"
 ) -> dict[str, float]:
-    """Returns what orthogonalization costs each device, by formula."""
+    """Returns what orthogonalization costs each device, by formula.
+
+    `program_flops` are those in the text of the program: a device without a matrix in
+    the last slot of a group skips some.
+    """
     params = shaped(case, jax.sharding.AbstractMesh(*case.mesh), dtype)
     numbers = optax.contrib.MuonDimensionNumbers(*case.axes)
-    return om.describe_placement(
+    costs = om.describe_placement(
         params,
         method,
         routing=lambda path, leaf: numbers,
         placement=om.Placement(params),
         backend="cpu",
-    ).totals
+    )
+    program = sum(group.flops for group in costs.groups)
+    return costs.totals | {"program_flops": program}
 
 
 def predict_model(model: Model) -> list[dict[str, Any]]:
@@ -428,7 +434,7 @@ def table(path: str | Path) -> str:
             lines += [_peer_line(name, r) for r in peers if r["devices"] == devices]
             # bfloat16 halves the bytes and changes nothing else.
             wide = [row for row in rows if row["dtype"] == "float32"]
-            lines += [_our_line(name, r) for r in wide if r["devices"] == devices]
+            lines += [our_line(name, r) for r in wide if r["devices"] == devices]
     out = result["left_out"].items()
     return "\n".join([*lines, *(f"\n{who} is left out ({why})" for who, why in out)])
 
@@ -469,7 +475,7 @@ def _peer_line(name: str, row: dict[str, Any]) -> str:
     return _model_line(name, row, row["optimizer"], row["dot_flops"], *exchanged)
 
 
-def _our_line(name: str, row: dict[str, Any]) -> str:
+def our_line(name: str, row: dict[str, Any]) -> str:
     """Returns a line of the second table from the formulas."""
     sizes = (f"{row[key] / 2**30:.3g}" for key in ("exchanged_bytes", "least_bytes"))
     exchanged = (f"{row['exchanges']:,.0f}", *sizes)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import (
+    collectives,
     nanogpt_seconds,
     nanogpt_sweep,
     preconditioners,
@@ -63,6 +64,18 @@ def test_the_speeds_are_those_of_the_raw_results():
     assert f"{large} on the 72 of width 768" in text
     small, large = (speed(size, "ours, Halley") for size in ("gpt-384", "gpt-768"))
     assert f"updates differ, {small.removesuffix(' times')} and {large}" in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["7B", *(pytest.param(n, marks=pytest.mark.slow) for n in ("70B", "1T MoE"))],
+)
+def test_the_costs_of_large_models_are_those_of_the_formulas(name):
+    text = (ROOT / "docs" / "sharding.md").read_text()
+    rows = collectives.predict_model(collectives.MODELS[name])
+    for row in rows:
+        if row["dtype"] == "float32":
+            assert collectives.our_line(name, row) in text
 
 
 def test_the_tables_of_the_docs_are_those_of_the_raw_results():
