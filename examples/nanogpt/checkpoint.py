@@ -95,7 +95,10 @@ class Checkpoints:
         self._manager.wait_until_finished()
         if processes.is_first():
             folder = self._folder / str(step)
-            (folder / DIGESTS).write_text("\n".join(sorted(_digests(folder))) + "\n")
+            # Renamed when complete, so that digests that exist are complete.
+            partial = folder / f"{DIGESTS}.partial"
+            partial.write_text("\n".join(sorted(_digests(folder))) + "\n")
+            partial.replace(folder / DIGESTS)
 
     def restore(self, like: Any, say: Callable[[str], Any]) -> tuple[int, Any]:
         """Returns the step and the state of the newest valid checkpoint.
