@@ -22,6 +22,7 @@ LEVELS = {
     "_paths": 0,
     "_table": 0,
     "_linalg": 1,
+    "_presets": 1,
     "_layout": 2,
     "_placement": 3,
     "_rules": 3,
@@ -96,8 +97,13 @@ def test_all_is_sorted_and_exists():
 
 FUNCTIONS = [n for n in om.__all__ if inspect.isfunction(getattr(om, n))]
 CLASSES = [n for n in om.__all__ if inspect.isclass(getattr(om, n))]
-# Optimizers with other defaults than another one, which documents their arguments.
-PRESETS = {"muonw": "muon", "distributed_shampoo": "shampoo"}
+# Functions with other defaults than another one, which documents their arguments.
+PRESETS = {
+    "muonw": "muon",
+    "distributed_shampoo": "shampoo",
+    "kl_soap": "soap",
+    "kl_soap_precondition": "soap_precondition",
+}
 
 
 def documented(doc, heading):
@@ -125,7 +131,8 @@ def test_public_functions_are_documented_and_typed(name):
         assert list(signature.parameters) == list(
             inspect.signature(getattr(om, factory)).parameters
         )
-        assert f"  learning_rate: As every other argument, see `{factory}`.\n" in doc
+        first = next(iter(signature.parameters))
+        assert f"  {first}: As every other argument, see `{factory}`.\n" in doc
     else:
         assert documented(doc, "Args") == list(signature.parameters)
 

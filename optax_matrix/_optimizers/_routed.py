@@ -1,6 +1,5 @@
 """What all matrix optimizers share: routing, and the arguments that go with it."""
 
-import functools
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -104,26 +103,5 @@ def documented(factor: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
             text = textwrap.indent(COMMON.replace("{factor}", factor), "  ")
             factory.__doc__ = doc.replace("  <common arguments>\n", text)
         return factory
-
-    return decorate
-
-
-def preset(
-    factory: Callable[P, T], **defaults: Any
-) -> Callable[[Callable[[], None]], Callable[P, T]]:
-    """Makes a function like `factory`, with other defaults and its own docstring."""
-
-    def decorate(definition: Callable[[], None]) -> Callable[P, T]:
-        def made(*args: Any, **settings: Any) -> Any:
-            return factory(*args, **(defaults | settings))
-
-        signature = inspect.signature(factory)
-        parameters = [
-            parameter.replace(default=defaults.get(name, parameter.default))
-            for name, parameter in signature.parameters.items()
-        ]
-        made = functools.wraps(definition)(made)
-        vars(made)["__signature__"] = signature.replace(parameters=parameters)
-        return made
 
     return decorate

@@ -7,6 +7,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _layout, _linalg, _placement, _routing, _transforms
 from optax_matrix._optimizers import _routed
+from optax_matrix._presets import preset
 
 
 @_routed.documented("0.15 (0.02 becomes 3e-3), or 1 with ``shape_scale='rms'``")
@@ -98,7 +99,7 @@ def muon(
     return _routed.routed(matrix, routing, auxiliary, *rates)
 
 
-@_routed.preset(muon, weight_decay=0.01)
+@preset(muon, weight_decay=0.01)
 def muonw() -> None:
     r"""Muon with decoupled weight decay: `muon` with ``weight_decay=0.01``.
 

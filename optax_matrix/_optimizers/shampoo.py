@@ -7,6 +7,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _check, _layout, _placement, _routing, _transforms
 from optax_matrix._optimizers import _routed
+from optax_matrix._presets import preset
 from optax_matrix._transforms import Shampoo, _arguments
 
 
@@ -99,7 +100,7 @@ def shampoo(
     return _routed.routed(matrix, routing, auxiliary, *rates)
 
 
-@_routed.preset(shampoo, preconditioner=Shampoo(stagger=True, block_size=1024))
+@preset(shampoo, preconditioner=Shampoo(stagger=True, block_size=1024))
 def distributed_shampoo() -> None:
     r"""Distributed Shampoo: `shampoo` on blocks of 1024, with staggered roots.
 

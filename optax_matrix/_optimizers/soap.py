@@ -7,6 +7,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _layout, _linalg, _placement, _routing, _transforms
 from optax_matrix._optimizers import _routed
+from optax_matrix._presets import preset
 from optax_matrix._transforms import KL, SOAP
 
 
@@ -40,7 +41,7 @@ def soap(
         ``preconditioner`` has ``factor_b2``.
       eps: :math:`\epsilon`, positive.
       refresh: Number of updates from one power step of the bases to the next.
-      preconditioner: All other settings, see `SOAP`.
+      preconditioner: All other settings, see `SOAP`; those of `KL` make it KL-SOAP.
       <common arguments>
 
     Returns:
@@ -76,70 +77,26 @@ def soap(
     return _routed.routed(matrix, routing, auxiliary, *rates)
 
 
-@_routed.documented("1")
-def kl_soap(
-    learning_rate: optax.ScalarOrSchedule = 3e-3,
-    *,
-    momentum: ArrayLike = 0.95,
-    b2: ArrayLike = 0.95,
-    eps: ArrayLike = 1e-8,
-    refresh: ArrayLike = 10,
-    preconditioner: KL = KL(),
-    weight_decay: optax.ScalarOrSchedule = 0.01,
-    weight_decay_mask: Any = None,
-    mu_dtype: DTypeLike | None = None,
-    routing: _routing.Routing = None,
-    placement: _placement.Placement | None = None,
-    auxiliary: optax.GradientTransformation | None = None,
-    auxiliary_learning_rate: optax.ScalarOrSchedule | None = None,
-) -> optax.GradientTransformationExtraArgs:
+@preset(soap, preconditioner=KL())
+def kl_soap() -> None:
     r"""KL-SOAP: Adam in the eigenbasis of KL-Shampoo's statistics.
 
-    With :math:`U` of `kl_soap_precondition`, which is zero in the first update,
-
-    .. math:: W \leftarrow (1 - \eta\lambda) W - \eta U.
+    ``soap(preconditioner=KL())``, see `kl_soap_precondition`.
 
     Args:
-      learning_rate: See `soap`.
-      momentum: See `soap`.
-      b2: See `soap`.
-      eps: :math:`\epsilon`, positive.
-      refresh: See `soap`.
-      preconditioner: All other settings, see `KL`.
-      <common arguments>
+      learning_rate: As every other argument, see `soap`.
 
     Returns:
-      An optimizer. The state is that of `kl_soap_precondition` and of the auxiliary
-      optimizer.
+      An optimizer, as `soap`.
 
     Raises:
-      ValueError: As `kl_soap_precondition` and `muon`.
-      TypeError: As `kl_soap_precondition` and `muon`.
+      ValueError: As `soap`.
+      TypeError: As `soap`.
 
     References:
       Lin et al., 2025, `arXiv:2509.03378 <https://arxiv.org/abs/2509.03378>`_. Differs:
       the defaults are those of `soap`; theirs are 1e-4, 0.9 and 0.98.
     """
-    _routed.check_rates(learning_rate, weight_decay)
-
-    def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
-        return optax.chain(
-            _transforms.kl_soap_precondition(
-                momentum,
-                b2,
-                eps=eps,
-                refresh=refresh,
-                preconditioner=preconditioner,
-                mu_dtype=mu_dtype,
-                layout=layout,
-                placement=placement,
-            ),
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
-            optax.scale_by_learning_rate(learning_rate),
-        )
-
-    rates = (learning_rate, 1.0, auxiliary_learning_rate)
-    return _routed.routed(matrix, routing, auxiliary, *rates)
 
 
 @_routed.documented("0.15, or 1 with ``shape_scale='rms'``")
@@ -175,7 +132,7 @@ def soap_muon(
       b2: See `soap`.
       eps: :math:`\epsilon`, positive.
       refresh: See `soap`.
-      preconditioner: All other settings, see `SOAP`.
+      preconditioner: See `soap`.
       orthogonalize: See `muon`.
       shape_scale: The factor of the shape, see `scale_by_shape`; None is 1.
       <common arguments>

@@ -4,12 +4,17 @@ import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_matrix import _linalg
-from optax_matrix._transforms import _numerics, _preconditioner
-from optax_matrix._transforms._preconditioner import Health, Preconditioner
+from optax_matrix import _layout, _linalg, _placement
+from optax_matrix._transforms import _arguments, _numerics, _preconditioner
+from optax_matrix._transforms._preconditioner import (
+    Health,
+    MatrixRule,
+    Preconditioner,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,3 +168,32 @@ def average(old: Array, new: Array, decay: ArrayLike) -> Array:
 
 def _wide(x: Array) -> Array:
     return x.astype(_linalg.at_least_float32(x.dtype))
+
+
+def transformation(
+    rule: MatrixRule,
+    settings: SOAP,
+    momentum: ArrayLike,
+    b2: ArrayLike,
+    *,
+    eps: ArrayLike,
+    refresh: ArrayLike,
+    layout: _layout.Layout,
+    placement: _placement.Placement | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Checks the numbers and makes the transformation of a rule in eigenbases."""
+    for name, value in (("momentum", momentum), ("b2", b2)):
+        _arguments.number(name, value, 0.0, 1.0)
+    _arguments.number("eps", eps, 0.0, low_open=True)
+    _preconditioner.check_refresh(refresh, 0)
+    scalars = {
+        "momentum": momentum,
+        "b2": b2,
+        "factor_b2": b2 if settings.factor_b2 is None else settings.factor_b2,
+        "eps": eps,
+        "start": 0,
+        "refresh": refresh,
+    }
+    return _preconditioner.per_matrix(
+        rule, settings, scalars, layout=layout, placement=placement
+    )

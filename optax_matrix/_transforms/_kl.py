@@ -3,12 +3,10 @@
 import dataclasses
 
 import jax.numpy as jnp
-import optax
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
-from optax_matrix import _check, _layout, _placement
-from optax_matrix._transforms import _arguments, _eigenbases, _numerics, _preconditioner
+from optax_matrix._transforms import _eigenbases, _numerics, _preconditioner
 from optax_matrix._transforms._eigenbases import SOAP, InBases, Moments, Side
 from optax_matrix._transforms._preconditioner import Scalars
 
@@ -148,40 +146,3 @@ def _scale(side: Side | None, like: Array) -> Array:
     if side is None or side.scale is None:
         return jnp.ones((1,), like.dtype)
     return side.scale.astype(like.dtype)
-
-
-def kl_transformation(
-    with_variance: bool,
-    momentum: ArrayLike,
-    b2: ArrayLike,
-    *,
-    eps: ArrayLike,
-    refresh: ArrayLike,
-    preconditioner: KL,
-    mu_dtype: DTypeLike | None,
-    layout: _layout.Layout,
-    placement: _placement.Placement | None,
-) -> optax.GradientTransformationExtraArgs:
-    """Checks the arguments and makes the transformation."""
-    for name, value in (("momentum", momentum), ("b2", b2)):
-        _arguments.number(name, value, 0.0, 1.0)
-    _arguments.number("eps", eps, 0.0, low_open=True)
-    _preconditioner.check_refresh(refresh, 0)
-    _check.instance("preconditioner", preconditioner, KL)
-    mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
-    factor_b2 = preconditioner.factor_b2
-    scalars = {
-        "momentum": momentum,
-        "b2": b2,
-        "factor_b2": b2 if factor_b2 is None else factor_b2,
-        "eps": eps,
-        "start": 0,
-        "refresh": refresh,
-    }
-    return _preconditioner.per_matrix(
-        KLRule(preconditioner, mu_dtype, with_variance),
-        preconditioner,
-        scalars,
-        layout=layout,
-        placement=placement,
-    )

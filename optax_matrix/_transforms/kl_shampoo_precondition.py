@@ -3,9 +3,9 @@
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_matrix import _layout, _placement
-from optax_matrix._transforms import _kl
-from optax_matrix._transforms._kl import KL
+from optax_matrix import _check, _layout, _placement
+from optax_matrix._transforms import _arguments, _eigenbases
+from optax_matrix._transforms._kl import KL, KLRule
 
 
 def kl_shampoo_precondition(
@@ -36,8 +36,8 @@ def kl_shampoo_precondition(
       momentum: :math:`\beta_1`, in [0, 1).
       b2: Decay of the statistics and of the eigenvalues, in [0, 1).
       eps: :math:`\epsilon`, positive.
-      refresh: See `kl_soap_precondition`, as the following.
-      preconditioner: See `kl_soap_precondition`.
+      refresh: See `soap_precondition`.
+      preconditioner: All other settings, see `KL`.
       mu_dtype: See `soap_precondition`; there is no :math:`V`.
       layout: See `soap_precondition`.
       placement: See `soap_precondition`.
@@ -53,14 +53,15 @@ def kl_shampoo_precondition(
     References:
       As `kl_soap_precondition`.
     """
-    return _kl.kl_transformation(
-        False,
+    _check.instance("preconditioner", preconditioner, KL)
+    mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
+    return _eigenbases.transformation(
+        KLRule(preconditioner, mu_dtype, with_variance=False),
+        preconditioner,
         momentum,
         b2,
         eps=eps,
         refresh=refresh,
-        preconditioner=preconditioner,
-        mu_dtype=mu_dtype,
         layout=layout,
         placement=placement,
     )

@@ -1,24 +1,12 @@
 """Adam in the eigenbasis of statistics that minimize a KL divergence (KL-SOAP)."""
 
-import optax
-from jax.typing import ArrayLike, DTypeLike
-
-from optax_matrix import _layout, _placement
-from optax_matrix._transforms import _kl
+from optax_matrix._presets import preset
 from optax_matrix._transforms._kl import KL
+from optax_matrix._transforms.soap_precondition import soap_precondition
 
 
-def kl_soap_precondition(
-    momentum: ArrayLike = 0.95,
-    b2: ArrayLike = 0.95,
-    *,
-    eps: ArrayLike = 1e-8,
-    refresh: ArrayLike = 10,
-    preconditioner: KL = KL(),
-    mu_dtype: DTypeLike | None = None,
-    layout: _layout.Layout = None,
-    placement: _placement.Placement | None = None,
-) -> optax.GradientTransformationExtraArgs:
+@preset(soap_precondition, preconditioner=KL())
+def kl_soap_precondition() -> None:
     r"""Takes Adam's step in the eigenbasis of KL-Shampoo's statistics (KL-SOAP).
 
     As `soap_precondition`, but the statistic of each side is of gradients that the
@@ -41,15 +29,7 @@ def kl_soap_precondition(
     along, :math:`V` and the eigenvalues stay. All this is as in the authors' code.
 
     Args:
-      momentum: :math:`\beta_1`, in [0, 1).
-      b2: :math:`\beta_2`, in [0, 1).
-      eps: :math:`\epsilon`, positive, in the unit of the gradient.
-      refresh: Number of updates from one power step of the bases to the next, at
-        least 1.
-      preconditioner: All other settings, see `KL`.
-      mu_dtype: See `soap_precondition`, as the following.
-      layout: See `soap_precondition`.
-      placement: See `soap_precondition`.
+      momentum: As every other argument, see `soap_precondition`.
 
     Returns:
       A transformation, as `soap_precondition`. The state of an m×n matrix is
@@ -63,14 +43,3 @@ def kl_soap_precondition(
       Lin et al., 2025, `arXiv:2509.03378 <https://arxiv.org/abs/2509.03378>`_ and
       https://github.com/yorkerlin/KL-Methods. Differs: float32 instead of bfloat16.
     """
-    return _kl.kl_transformation(
-        True,
-        momentum,
-        b2,
-        eps=eps,
-        refresh=refresh,
-        preconditioner=preconditioner,
-        mu_dtype=mu_dtype,
-        layout=layout,
-        placement=placement,
-    )

@@ -1,83 +1,12 @@
 """Adam in the eigenbasis of Shampoo's statistics (SOAP)."""
 
-import dataclasses
-
-import jax.numpy as jnp
 import optax
-from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _check, _layout, _placement
-from optax_matrix._transforms import _arguments, _eigenbases, _numerics, _preconditioner
-from optax_matrix._transforms._eigenbases import SOAP, InBases, Moments
-from optax_matrix._transforms._preconditioner import Scalars
-
-
-@dataclasses.dataclass(frozen=True)
-class SoapRule(InBases):
-    """SOAP for one matrix; see `soap_precondition`."""
-
-    def init(self, m: int, n: int, dtype: DTypeLike) -> Moments:
-        """Returns zero moments, statistics and bases."""
-        left, right = self.settings.sides(m, n)
-        zeros = jnp.zeros((m, n), self.mu_dtype or dtype)
-        return Moments(
-            zeros, zeros, self.side(m, left, dtype), self.side(n, right, dtype)
-        )
-
-    def observe(
-        self, g: Array, state: Moments, scalars: Scalars
-    ) -> tuple[Array, Moments]:
-        """Takes Adam's step in the present bases, then averages the statistics."""
-        g, left, right = _numerics.wide(g), state.left, state.right
-        # The moments do not see the first gradient, so the first update is zero; it is
-        # multiplied so that it is NaN if the gradient is.
-        seen = g * (scalars["count"] > 0).astype(g.dtype)
-        inside = self.rotated(seen, left, right)
-        momentum = _eigenbases.average(state.momentum, inside, scalars["momentum"])
-        variance = _eigenbases.average(
-            _variance(state), jnp.square(inside), scalars["b2"]
-        )
-        terms = jnp.maximum(scalars["count"], 1)
-        scale = jnp.sqrt(_numerics.bias_correction(scalars["b2"], terms, g))
-        scale = scale / _numerics.bias_correction(scalars["momentum"], terms, g)
-        eps = _numerics.as_scalar(scalars["eps"], g)
-        direction = scale * momentum / (jnp.sqrt(variance) + eps)
-        if left is not None:
-            outer = self.product(g, g.T)
-            left = self.observed(left, outer, scalars["factor_b2"])
-        if right is not None:
-            outer = self.product(g.T, g)
-            right = self.observed(right, outer, scalars["factor_b2"])
-        return self.rotated_back(direction, state.left, state.right), Moments(
-            momentum.astype(state.momentum.dtype),
-            variance.astype(_variance(state).dtype),
-            left,
-            right,
-        )
-
-    def refresh(self, state: Moments, scalars: Scalars, first: bool) -> Moments:
-        """Refreshes both bases, and takes the moments into them."""
-        del scalars
-        left, rows = self.renewed(state.left, first, sort=True)
-        right, columns = self.renewed(state.right, first, sort=True)
-        if first:  # there are no moments yet
-            return state._replace(left=left, right=right)
-        variance = _variance(state)
-        if rows is not None:
-            variance = jnp.take(variance, rows, axis=0)
-        if columns is not None:
-            variance = jnp.take(variance, columns, axis=1)
-        return Moments(self.carried(state, left, right), variance, left, right)
-
-    def flops(self, m: int, n: int) -> int:
-        """Returns the FLOPs of the statistics and of the rotations there and back."""
-        return _preconditioner.update_flops(m, n, self.settings.sides(m, n), 2)
-
-
-def _variance(state: Moments) -> Array:
-    assert state.variance is not None
-    return state.variance
+from optax_matrix._transforms import _arguments, _eigenbases
+from optax_matrix._transforms._eigenbases import SOAP
+from optax_matrix._transforms._rule_of import rule_of
 
 
 def soap_precondition(
@@ -118,7 +47,8 @@ def soap_precondition(
       eps: :math:`\epsilon`, positive, in the unit of the gradient.
       refresh: Number of updates from one power step of the bases to the next, at
         least 1.
-      preconditioner: All other settings, see `SOAP`.
+      preconditioner: All other settings, see `SOAP`; with those of `KL` this is
+        `kl_soap_precondition`.
       mu_dtype: The dtype of :math:`M` and :math:`V` in the state: bfloat16, float32 or
         float64. None is float32, and float64 for float64 updates.
       layout: Which axes of a leaf are the matrix, see `MatrixLayout`. None: the last
@@ -148,24 +78,15 @@ def soap_precondition(
       Vyas et al., 2024, SOAP, `arXiv:2409.11321 <https://arxiv.org/abs/2409.11321>`_
       and https://github.com/nikhilvyas/SOAP. Differs: weight decay is another stage.
     """
-    for name, value in (("momentum", momentum), ("b2", b2)):
-        _arguments.number(name, value, 0.0, 1.0)
-    _arguments.number("eps", eps, 0.0, low_open=True)
-    _preconditioner.check_refresh(refresh, 0)
     _check.instance("preconditioner", preconditioner, SOAP)
-    factor_b2 = preconditioner.factor_b2
-    scalars = {
-        "momentum": momentum,
-        "b2": b2,
-        "factor_b2": b2 if factor_b2 is None else factor_b2,
-        "eps": eps,
-        "start": 0,
-        "refresh": refresh,
-    }
-    return _preconditioner.per_matrix(
-        SoapRule(preconditioner, _arguments.state_dtype("mu_dtype", mu_dtype)),
+    mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
+    return _eigenbases.transformation(
+        rule_of(preconditioner, mu_dtype),
         preconditioner,
-        scalars,
+        momentum,
+        b2,
+        eps=eps,
+        refresh=refresh,
         layout=layout,
         placement=placement,
     )

@@ -187,6 +187,7 @@ def first_bases(states):
             {"b1": 0.8, "b2": 0.9, "eps": 1e-3, "refresh": 10, "shampoo_b2": 0.7},
         ),
         ("kl_soap", {"refresh": 3}, {"refresh": 3}),
+        ("soap", {"preconditioner": om.KL(), "refresh": 3}, {"refresh": 3}),
         (
             "kl_soap",
             {
@@ -204,7 +205,8 @@ def first_bases(states):
 def test_soap_and_kl_soap(name, given, settings):
     got, states, w, grads = run(getattr(om, name)(RATE, **given))
     settings = {"b1": 0.95, "b2": 0.95, "eps": 1e-8} | settings
-    rule = getattr(reference, name)
+    has_kl = isinstance(given.get("preconditioner"), om.KL)
+    rule = reference.kl_soap if has_kl else getattr(reference, name)
     directions = rule(grads, first_bases=first_bases(states), **settings)
     assert_descends(got, w, directions, given.get("weight_decay", 0.01))
 
@@ -317,3 +319,20 @@ def test_names_the_bad_argument(name, settings, message):
 def test_names_the_bad_argument_of_one(name, settings, message):
     with pytest.raises(ValueError, match=message):
         getattr(om, name)(**settings)
+
+
+OTHERS = {om.Shampoo: om.SOAP(), om.SOAP: om.Shampoo(), om.KL: om.SOAP()}
+TRANSFORMS = {
+    "shampoo_precondition": om.Shampoo,
+    "soap_precondition": om.SOAP,
+    "kl_soap_precondition": om.KL,
+    "kl_shampoo_precondition": om.KL,
+}
+
+
+@pytest.mark.parametrize("name, kind", (FACTORIES | TRANSFORMS).items())
+def test_settings_of_another_rule_raise(name, kind):
+    with pytest.raises(
+        TypeError, match=f"`preconditioner` must be a `{kind.__name__}`"
+    ):
+        getattr(om, name)(preconditioner=OTHERS[kind])

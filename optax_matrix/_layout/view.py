@@ -1,118 +1,16 @@
-"""Which axes of a leaf are inputs, outputs and batch; the only reshaper."""
+"""A layout fitted to one shape: cuts a leaf into matrices and joins them again."""
 
 import dataclasses
 import math
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from optax_matrix import _mesh, _paths
-
-MuonDimensionNumbers = optax.contrib.MuonDimensionNumbers
-
-
-def _int_tuple(name: str, value: Any) -> tuple[int, ...]:
-    items = value if isinstance(value, Sequence) else (value,)
-    if isinstance(value, str) or any(isinstance(item, bool) for item in items):
-        raise TypeError(f"`{name}` must hold integers, got {value!r}.")
-    try:
-        return tuple(operator.index(item) for item in items)
-    except TypeError:
-        raise TypeError(f"`{name}` must hold integers, got {value!r}.") from None
-
-
-@dataclasses.dataclass(frozen=True)
-class MatrixLayout:
-    """Says which axes of a leaf make its matrices; every other axis is batch.
-
-    The default reads a Flax kernel, (..., in, out): the last two axes are one matrix
-    and leading axes are a batch of independent ones. Several axes on a side are
-    flattened in the order given. A fused kernel is several matrices side by side,
-    which `split_inputs` and `split_outputs` separate.
-
-    A layout is not a pytree: `jax.tree` sees it as a leaf.
-
-    Args:
-      inputs: The axis or axes that are contracted with the input of the layer.
-      outputs: The axis or axes of the output of the layer.
-      split_inputs: The number of equal blocks of the input axis, or a tuple of their
-        widths. Needs a single input axis.
-      split_outputs: The same for the output axis.
-
-    Raises:
-      TypeError: If an axis or a width is not an integer, at construction.
-      ValueError: If a side has no axis, names one twice, or has a split and several
-        axes, or if a width is below 1, at construction.
-
-    Example:
-      >>> fused_qkv = MatrixLayout(split_outputs=3)  # (d, 3 d)
-      >>> grouped_query = MatrixLayout(split_outputs=(512, 128, 128))  # (d, q + k + v)
-      >>> per_head = MatrixLayout(inputs=0, outputs=2)  # (d, heads, head_dim)
-      >>> per_head_out = MatrixLayout(split_inputs=12)  # (heads * head_dim, d)
-      >>> torch_linear = MatrixLayout(inputs=-1, outputs=-2)  # (out, in)
-    """
-
-    inputs: int | tuple[int, ...] = -2
-    outputs: int | tuple[int, ...] = -1
-    split_inputs: int | tuple[int, ...] | None = None
-    split_outputs: int | tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        """Checks what needs no shape, and turns lists into tuples."""
-        for side in ("inputs", "outputs"):
-            self._check_side(side, f"split_{side}")
-
-    def _check_side(self, side: str, split: str) -> None:
-        axes = _int_tuple(side, getattr(self, side))
-        if not axes or len(set(axes)) != len(axes):
-            raise ValueError(
-                f"`{side}` must name at least one axis and none twice, got {axes}."
-            )
-        if isinstance(getattr(self, side), list):
-            object.__setattr__(self, side, axes)
-        value = getattr(self, split)
-        if value is None:
-            return
-        widths = _int_tuple(split, value)
-        if not widths or min(widths) < 1:
-            raise ValueError(
-                f"`{split}` must be a number of equal blocks or a tuple of widths, all "
-                f"at least 1, got {value!r}."
-            )
-        if len(axes) > 1:
-            raise ValueError(
-                f"`{split}` cuts a single axis, but `{side}` names {axes}. Leave the "
-                f"axis that counts the blocks out of `{side}`: it is then batch."
-            )
-        if isinstance(value, list):
-            object.__setattr__(self, split, widths)
-
-
-LayoutSpec: TypeAlias = MatrixLayout | MuonDimensionNumbers | None
-# A spec, a pytree (prefix) of specs, or a function from the tree to one.
-Layout: TypeAlias = LayoutSpec | Any | Callable[[Any], Any]
-
-
-def as_layout(spec: LayoutSpec) -> MatrixLayout:
-    """Returns `spec` as a `MatrixLayout`; None is the default layout."""
-    if spec is None:
-        return MatrixLayout()
-    if isinstance(spec, MuonDimensionNumbers):
-        return MatrixLayout(
-            _int_tuple("reduction_axis", spec.reduction_axis),
-            _int_tuple("output_axis", spec.output_axis),
-        )
-    if isinstance(spec, MatrixLayout):
-        return spec
-    raise TypeError(
-        "A layout must be a `MatrixLayout`, an `optax.contrib.MuonDimensionNumbers` or "
-        f"None, got {spec!r}."
-    )
+from optax_matrix import _mesh
+from optax_matrix._layout.layout import LayoutSpec, as_layout, int_tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,7 +307,7 @@ def view(shape: Sequence[int], spec: LayoutSpec = None, path: str = "") -> Matri
         )
     sides = []
     for name in ("inputs", "outputs"):
-        axes = _int_tuple(name, getattr(layout, name))
+        axes = int_tuple(name, getattr(layout, name))
         for axis in axes:
             if not -len(shape) <= axis < len(shape):
                 raise ValueError(
@@ -459,133 +357,3 @@ def blocked(view: MatrixView, size: int) -> MatrixView:
         input_widths=cut(view.input_widths),
         output_widths=cut(view.output_widths),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class FittedLayout:
-    """The views of the matrices of a tree by the names of their leaves.
-
-    `partition` makes one when it routes a tree, so that the stages of a chain need not
-    fit layouts to leaves again.
-    """
-
-    views: Mapping[str, MatrixView]
-
-
-def _is_entry(node: Any) -> bool:
-    return isinstance(node, MuonDimensionNumbers | optax.MaskedNode)
-
-
-def check_floating(leaf: Any, path: str) -> None:
-    """Raises unless a leaf is real and floating.
-
-    Raises:
-      TypeError: With the leaf's path and dtype.
-    """
-    dtype = jnp.result_type(leaf)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"Leaves must be real floating arrays, got dtype {dtype} at '{path}'. "
-            "Route the leaf to another optimizer, or cast it."
-        )
-
-
-def check_all_floating(tree: Any) -> None:
-    """Raises unless all leaves of `tree` are real and floating.
-
-    Raises:
-      TypeError: With the path and the dtype of the first other leaf.
-    """
-    for place in _paths.places(tree):
-        if not place.empty:
-            check_floating(place.leaf, place.name)
-
-
-def tree_views(layout: Layout, tree: Any) -> list[tuple[MatrixView, Any]]:
-    """Fits `layout` to every leaf of `tree`, in the order of `jax.tree.leaves`.
-
-    Args:
-      layout: A layout for all leaves, a tree (prefix) of layouts matched to `tree` by
-        name, a function from `tree` to one of these, or a `FittedLayout`.
-      tree: The tree. Only shapes and dtypes are read: leaves may be arrays, tracers or
-        `jax.ShapeDtypeStruct`.
-
-    Returns:
-      The view of each leaf, and the leaf.
-
-    Raises:
-      TypeError: If an entry of `layout` is not a layout, or a leaf is not real
-        floating.
-      ValueError: If `layout` does not match `tree`, or a layout does not fit its leaf.
-    """
-    if isinstance(layout, FittedLayout):
-        check_all_floating(tree)
-        return [
-            (layout.views[place.name], place.leaf)
-            for place in _paths.places(tree)
-            if not place.empty
-        ]
-    if _paths.is_function(layout):
-        layout = layout(tree)
-    views = []
-    for place, entry, _ in _paths.match(layout, tree, "layout", _is_entry):
-        if isinstance(entry, optax.MaskedNode):
-            raise ValueError(
-                f"`layout` is masked at '{place.name}', where the tree has a leaf of "
-                f"shape {tuple(jnp.shape(place.leaf))}. Give that leaf a layout, or "
-                "mask it in the tree."
-            )
-        check_floating(place.leaf, place.name)
-        try:
-            fitted = view(jnp.shape(place.leaf), entry, place.name)
-        except TypeError as error:
-            raise TypeError(f"{error} It is `layout` at '{place.name}'.") from None
-        views.append((fitted, place.leaf))
-    return views
-
-
-def tree_map(
-    fn: Callable[..., Any],
-    layout: Layout,
-    tree: Any,
-    *rest: Any,
-    keep_boxes: bool = True,
-) -> Any:
-    """Maps `fn(view, leaf, *rest_leaves)` over the leaves of `tree`.
-
-    Empty nodes of `tree` (None, `optax.MaskedNode`) stay as they are, whatever `layout`
-    has for them.
-
-    Args:
-      fn: Takes the `MatrixView` of a leaf, the leaf, and what `rest` has at the leaf.
-      layout: Which axes of a leaf are the matrix: a `MatrixLayout` for all leaves, None
-        for the last two axes, or what `partition` passes to its optimizer.
-      tree: The tree to map over.
-      *rest: Trees with the structure of `tree`, boxed or not, or with subtrees at its
-        leaves.
-      keep_boxes: Whether results go into the boxes that the leaves of `tree` are in
-        (Flax's `Variable` and `Partitioned`). A box has the sharding of its parameter:
-        state of another shape is kept without it.
-
-    Returns:
-      A tree with the structure of `tree`.
-
-    Raises:
-      TypeError: If an entry of `layout` is not a layout, or a leaf is not real
-        floating.
-      ValueError: If `layout` does not match `tree`, or a layout does not fit its leaf.
-
-    Example:
-      >>> def sums(view, leaf):
-      ...     return view.sum(leaf, outputs=False)  # over the inputs of each matrix
-      >>> print(tree_map(sums, None, {"kernel": jnp.ones((3, 2))})["kernel"])
-      [[3. 3.]]
-    """
-    bare = jax.tree.structure(_paths.unboxed(tree))
-    others = [bare.flatten_up_to(_paths.unboxed(other)) for other in rest]
-    results = [
-        fn(fitted, leaf, *(other[i] for other in others))
-        for i, (fitted, leaf) in enumerate(tree_views(layout, tree))
-    ]
-    structure = jax.tree.structure(tree) if keep_boxes else bare
-    return jax.tree.unflatten(structure, results)
