@@ -84,6 +84,11 @@ def test_the_tables_of_the_docs_are_those_of_the_raw_results():
     for name in ("gpt384_2026-11-24", "many224_2026-11-24", "2026-11-22"):
         assert step_time.table(results / f"step_time_{name}.json").strip() in text
     assert preconditioners.table(results / "preconditioners_2026-11-22.json") in text
+    page = (ROOT / "docs" / "sharding.md").read_text()
+    for part in collectives.table(results / "collectives_2026-11-24.json").split(
+        "\n\n"
+    ):
+        assert part in page
     sweep = results / "nanogpt_preconditioners_2026-11-22.json"
     assert nanogpt_sweep.table(sweep) in text
     seconds = results / "nanogpt_seconds_2026-11-22.json"
