@@ -44,7 +44,8 @@ def describe_placement(
         preconditioner (`Shampoo`, `SOAP` or `KL`).
       backend: The backend that does the work: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
       routing: Which leaves are matrices, see `route`.
-      placement: Where they lie, see `Placement`. None: infer from the leaves.
+      placement: Where they lie, see `Placement`. None: infer from the leaves. Shardings
+        over auto axes count, so the optimizer needs a `Placement` with them.
 
     Returns:
       A description with one row per group of matrices and totals; print it for a table.

@@ -7,7 +7,7 @@ import jax.core
 from jax.sharding import AxisType
 
 
-def seen(x: Any) -> jax.NamedSharding | None:
+def visible_sharding(x: Any) -> jax.NamedSharding | None:
     """Returns the sharding of `x` if it is known, or None.
 
     On an explicit mesh it is part of the type; outside `jax.jit` the array has it. On
@@ -24,10 +24,10 @@ def seen(x: Any) -> jax.NamedSharding | None:
     return jax.NamedSharding(mesh, jax.P()) if _only(mesh, AxisType.Auto) else None
 
 
-def typed(x: Any) -> jax.NamedSharding | None:
+def sharding_of_type(x: Any) -> jax.NamedSharding | None:
     """Returns the sharding of `x` by its type; None on auto axes or one device.
 
-    Unlike `seen`, it is the same inside and outside `jax.jit`.
+    Unlike `visible_sharding`, it is the same inside and outside `jax.jit`.
     """
     traced = isinstance(x, jax.core.Tracer)
     sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)

@@ -274,10 +274,11 @@ def test_saved_state_goes_on_with_other_devices(rule, devices, leaves, tmp_path)
 def test_relaying_says_what_does_not_fit():
     tx, params = om.soap_precondition(), {"w": problems.normal((4, 8))}
     state = tx.init(params)
-    with pytest.raises(
-        ValueError, match=r"no state for matrices \[1\] at 'matrices/4x8'"
-    ):
-        om.relay_state(state, tx.init(params | {"x": problems.normal((4, 8))}))
+    larger = tx.init(params | {"x": problems.normal((4, 8))})
+    for saved, like, counts in ((state, larger, "1.*2"), (larger, state, "2.*1")):
+        with pytest.raises(ValueError, match=rf"(?s){counts}") as raised:
+            om.relay_state(saved, like)
+        assert "of the shape of 'matrices/4x8'" in str(raised.value)
     narrow = om.soap_precondition(preconditioner=om.SOAP(max_dim=4))
     with pytest.raises(ValueError, match=r"no leaf 'matrices/4x8/state/right"):
         om.relay_state(narrow.init(params), state)
@@ -285,6 +286,20 @@ def test_relaying_says_what_does_not_fit():
     other = optax.scale_by_adam().init({"w": problems.normal((8, 4))})
     with pytest.raises(ValueError, match=r"shape \(4, 8\) at 'mu/w'.*\(8, 4\)"):
         om.relay_state(adam, other)
+
+
+def test_relaying_keeps_other_kinds_of_leaves():
+    noise = optax.add_noise(0.1, 0.5, key=jax.random.key(3))
+    tx = optax.chain(noise, om.soap_precondition())
+    params = {"w": problems.normal((4, 8))}
+    _, saved = tx.update(params, tx.init(params))
+    again = om.relay_state(saved, tx.init(params))
+    chex.assert_trees_all_equal(
+        jax.random.key_data(again[0].rng_key), jax.random.key_data(saved[0].rng_key)
+    )
+    host = {"numpy": np.arange(3), "python": 2.5}
+    like = {"numpy": np.zeros(3, int), "python": 0.0}
+    chex.assert_trees_all_equal(om.relay_state(host, like), host)
 
 
 RULE = {

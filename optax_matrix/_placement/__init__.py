@@ -8,6 +8,10 @@ Five words are used throughout:
 - The **owner** of a matrix is the one device that works on it.
 - A **round** is as much of a group as fits in memory at once.
 
+Details have three more: the **piece** of a matrix is the part that one device holds
+where the leaf is sharded; **slot** k of an owner is its k-th matrix of a group, and the
+last slot may be empty; a **block** is one of the matrices in a fused leaf.
+
 Owners are assigned in turn. Five matrices of a group on four devices, each matrix
 sharded in four pieces; ``3b`` is the piece of matrix 3 that device b holds:
 
@@ -21,31 +25,18 @@ sharded in four pieces; ``3b`` is the piece of matrix 3 that device b holds:
 
 The first owner of the next group is device b, so that small groups share the devices.
 If leaves are replicated there is no exchange in, and the one out is an all-gather.
-Without a mesh there are no groups, owners or exchanges.
+Without a mesh there are no groups, owners or exchanges: the matrices of one shape are
+worked on together.
 
 `map_matrices` does all of this. `Placement` tells it where leaves lie on a mesh with
 auto axes, `describe_groups` counts what it costs, and `relay_state` moves saved state
 to another mesh.
 """
 
-from optax_matrix._placement.cost import (
-    GroupCost,
-    PlacementDescription,
-    describe_groups,
-)
-from optax_matrix._placement.execute import (
-    States,
-    Work,
-    check_leaves,
-    init_states,
-    map_matrices,
-)
-from optax_matrix._placement.placement import (
-    Leaf,
-    Placement,
-    as_placement,
-    resolve,
-)
+from optax_matrix._placement.cost import PlacementDescription, describe_groups
+from optax_matrix._placement.execute import init_states, map_matrices
+from optax_matrix._placement.groups import make_plans
+from optax_matrix._placement.placement import Leaf, Placement, as_placement, resolve
 from optax_matrix._placement.relay import relay_state
 from optax_matrix._placement.stacks import (
     concatenated,
@@ -58,18 +49,15 @@ from optax_matrix._placement.stacks import (
 from optax_matrix._placement.states import MatrixStack
 
 __all__ = [
-    "GroupCost",
     "Leaf",
     "MatrixStack",
     "Placement",
     "PlacementDescription",
-    "States",
-    "Work",
     "as_placement",
-    "check_leaves",
     "concatenated",
     "describe_groups",
     "init_states",
+    "make_plans",
     "map_matrices",
     "map_stack",
     "map_stacks",

@@ -9,9 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from optax_matrix import _table
-from optax_matrix._placement.exchange import exchange_count, exchanged_bytes
-from optax_matrix._placement.execute import leaves_by_mesh
-from optax_matrix._placement.groups import Group, make_plan
+from optax_matrix._placement.groups import Group, make_plans
 from optax_matrix._placement.placement import Leaf
 from optax_matrix._placement.stacks import by_shape
 
@@ -26,8 +24,8 @@ class GroupCost:
     Attributes:
       shape: (inputs, outputs) of a matrix, as it is worked on.
       matrices: Number of matrices over the whole mesh.
-      owners: Number of devices that share them. With layers or experts sharded over
-        other mesh axes, each of those slices has as many owners of its own.
+      owners: Number of devices that share them. If layers or experts are sharded over
+        other mesh axes, each slice has this many owners.
       per_owner: Number of matrices of the busiest owner.
       flops: FLOPs of the busiest owner.
       even_flops: FLOPs of all matrices divided by the number of owners.
@@ -59,7 +57,8 @@ class PlacementDescription:
     Attributes:
       groups: The costs of each group.
       flops: The FLOPs of the busiest device. It is less than the sum over groups if
-        their busiest owners are different devices.
+        their busiest owners are different devices. It is an upper bound if the owners
+        of some groups span other mesh axes than those of others.
     """
 
     groups: tuple[GroupCost, ...]
@@ -133,34 +132,33 @@ def describe_groups(
       stack_size: As for `map_matrices`.
     """
     costs, busiest = [], 0.0
-    for mesh, where in leaves_by_mesh(leaves).items():
-        some = [leaves[i] for i in where]
-        if mesh is None:
+    for where, plan in make_plans(leaves, transposable, stack_size):
+        if plan is None:
+            some = [leaves[i] for i in where]
             found = _without_mesh(some, flops, state_bytes, transposable)
             busiest += sum(cost.flops for cost in found)
-            costs += found
-            continue
-        plan = make_plan(some, transposable, stack_size)
-        found = [
-            _cost(group, mesh.size // group.owners, flops, state_bytes)
-            for group in plan.groups
-        ]
-        busiest += _busiest(plan.groups, [cost.even_flops for cost in found])
+        else:
+            found = [
+                _cost(group, plan.mesh.size // group.owners, flops, state_bytes)
+                for group in plan.groups
+            ]
+            busiest += _busiest(plan.groups, found)
         costs += found
     return PlacementDescription(tuple(costs), busiest)
 
 
-def _busiest(groups: Sequence[Group], even: Sequence[float]) -> float:
-    """Returns the most FLOPs of a device, given the even split of each group.
+def _busiest(groups: Sequence[Group], costs: Sequence[GroupCost]) -> float:
+    """Returns the FLOPs of the device that has the most over all groups.
 
-    Groups with other owners than the mesh axes of the rest are added at their most.
+    For groups whose owners span different mesh axes it adds the maxima, which is an
+    upper bound.
     """
     loads: dict[tuple[str, ...], np.ndarray] = {}
-    for group, flops in zip(groups, even, strict=True):
+    for group, cost in zip(groups, costs, strict=True):
         place = (np.arange(group.owners) - group.first) % group.owners
         owned = group.full_slots + (place < group.count % group.owners)
         load = loads.setdefault(group.axes, np.zeros(group.owners))
-        load += owned * (flops * group.owners / group.count)
+        load += owned * (cost.flops / group.slots)
     return float(sum(load.max() for load in loads.values()))
 
 
@@ -172,8 +170,8 @@ def _cost(group: Group, slices: int, flops: Formula, state_bytes: Formula) -> Gr
 
     each, blocks = of_each(flops), sum(k for k, *_ in stacks)
     itemsize = jnp.dtype(group.dtype).itemsize
-    held = group.count * math.prod(group.piece) * itemsize
-    w = group.owners
+    piece = math.prod(group.piece) * itemsize
+    w, s = group.owners, group.pieces
     return GroupCost(
         shape=stacks[0][1:] if len(stacks) == 1 else group.shape,
         matrices=group.count * blocks * slices,
@@ -181,9 +179,9 @@ def _cost(group: Group, slices: int, flops: Formula, state_bytes: Formula) -> Gr
         per_owner=group.slots * blocks,
         flops=group.slots * each,
         even_flops=group.count * each / w,
-        exchanges=exchange_count(group) * len(list(group.rounds())),
-        exchanged_bytes=exchanged_bytes(group, itemsize),
-        least_bytes=held / w * (group.pieces - 1) + held * (w - 1) / w,
+        exchanges=((s > 1) + (w > 1)) * len(list(group.rounds())),
+        exchanged_bytes=group.slots * (s - 1 + w - 1) * piece,
+        least_bytes=group.count / w * (s - 1 + w - 1) * piece,
         round_bytes=min(group.slots, group.per_round)
         * math.prod(group.shape)
         * itemsize,

@@ -1,4 +1,4 @@
-"""The one executor: applies a function to all matrices, each on its owner."""
+"""Applies work to all matrices, each on its owner."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -10,14 +10,9 @@ from jax import Array
 from optax_matrix import _mesh
 from optax_matrix._layout import MatrixView
 from optax_matrix._placement import exchange, states
-from optax_matrix._placement.groups import Group, Member, Plan, make_plan
+from optax_matrix._placement.groups import Group, Plan, make_plans
 from optax_matrix._placement.placement import Leaf
-from optax_matrix._placement.stacks import (
-    by_shape,
-    concatenated,
-    is_empty,
-    split_like,
-)
+from optax_matrix._placement.stacks import by_shape, concatenated, split_like
 
 States = dict[str, states.MatrixStack]
 
@@ -47,7 +42,7 @@ def map_matrices(
     transposable: bool = False,
     stack_size: int | None = None,
 ) -> tuple[list[Array], States | None]:
-    """Applies `work` to every matrix of the leaves, spread over their mesh.
+    """Applies `work` to every matrix of the leaves, each on its owner.
 
     Args:
       work: What to do.
@@ -61,10 +56,10 @@ def map_matrices(
       Arrays like the leaves, with their shardings, and the new states.
     """
     results = [leaf.value for leaf in leaves]
-    for mesh, where in leaves_by_mesh(leaves).items():
+    for where, plan in make_plans(leaves, transposable, stack_size):
         some = [leaves[i] for i in where]
         arrays = tuple(leaf.value for leaf in some)
-        if mesh is None:
+        if plan is None:
             arrays = tuple(map(_mesh.gathered, arrays))
             views = tuple(leaf.view for leaf in some)
             done, state = _on_one_device(
@@ -72,20 +67,10 @@ def map_matrices(
             )
             done = map(_mesh.like, done, (leaf.value for leaf in some))
         else:
-            plan = make_plan(some, transposable, stack_size)
             done, state = _on_mesh(plan, work, arrays, state, scalars)
         for i, x in zip(where, done, strict=True):
             results[i] = x
     return results, state
-
-
-def check_leaves(
-    leaves: Sequence[Leaf], transposable: bool, stack_size: int | None
-) -> None:
-    """Raises what `map_matrices` would raise about shapes and shardings."""
-    for mesh, where in leaves_by_mesh(leaves).items():
-        if mesh is not None:
-            make_plan([leaves[i] for i in where], transposable, stack_size)
 
 
 def init_states(
@@ -101,26 +86,16 @@ def init_states(
     Raises:
       ValueError: If the leaves lie on different meshes.
     """
-    meshes = leaves_by_mesh(leaves)
-    if len(meshes) > 1:
+    plans = make_plans(leaves, False, stack_size)
+    if len(plans) > 1:
+        meshes = [plan and plan.mesh for _, plan in plans]
         raise ValueError(
-            f"The leaves lie on different meshes, or some on none: {list(meshes)}. Put "
-            "them on one mesh, or give each its own optimizer with `optax.partition`."
+            f"The leaves lie on different meshes, or some on none: {meshes}. Put them "
+            "on one mesh, or give each its own optimizer with `optax.partition`."
         )
-    some = [leaf for leaf in leaves if not is_empty(leaf)]
-    on_mesh = any(mesh is not None for mesh in meshes)
-    plan = make_plan(some, False, stack_size) if on_mesh else None
-    return states.init_states(make, some, plan)
-
-
-def leaves_by_mesh(leaves: Sequence[Leaf]) -> dict[Any, list[int]]:
-    """Returns the positions of the leaves on each mesh, without empty leaves."""
-    found: dict[Any, list[int]] = {}
-    for i, leaf in enumerate(leaves):
-        if not is_empty(leaf):
-            mesh = None if leaf.sharding is None else leaf.sharding.mesh
-            found.setdefault(mesh, []).append(i)
-    return found
+    for where, plan in plans:
+        return states.init_states(make, [leaves[i] for i in where], plan)
+    return {}
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -190,12 +165,17 @@ def _on_device(
     ]
     kept: States = {}
     for group, stacks in states.stacks_by_group(plan):
-        pieces = [_pieces(group, m, found[m.leaf][m.stack]) for m in group.members]
+        held = [found[m.leaf][m.stack] for m in group.members]
+        held = [
+            x.mT if m.transposed else x
+            for m, x in zip(group.members, held, strict=True)
+        ]
+        pieces = [x.reshape(len(x), *group.piece) for x in held]
         done, new = _on_group(group, stacks, work, pieces, state, scalars)
         kept |= new
-        for member, y in zip(group.members, done, strict=True):
-            old = found[member.leaf][member.stack]
-            found[member.leaf][member.stack] = _unpieced(member, y, old.shape)
+        for m, x, y in zip(group.members, held, done, strict=True):
+            y = y.reshape(x.shape)
+            found[m.leaf][m.stack] = y.mT if m.transposed else y
     results = tuple(
         view.from_stacks(ys) for view, ys in zip(plan.views, found, strict=True)
     )
@@ -254,20 +234,6 @@ def _on_owned(
     if count == 0:
         return last
     return jax.tree.map(lambda *s: concatenated(s), on(slice(count)), last)
-
-
-def _pieces(group: Group, member: Member, x: Array) -> Array:
-    """Returns this device's (count, m, n) of a leaf as pieces (count, *group.piece)."""
-    x = x.mT if member.transposed else x
-    return x.reshape(member.count, *group.piece)
-
-
-def _unpieced(member: Member, y: Array, shape: tuple[int, ...]) -> Array:
-    """Returns pieces as (count, m, n): the inverse of `_pieces`."""
-    if member.transposed:
-        count, m, n = shape
-        return y.reshape(count, n, m).mT
-    return y.reshape(shape)
 
 
 def _range(arrays: Sequence[Array], start: int, stop: int) -> Iterator[Array]:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,18 +88,28 @@ class Group:
         return self.inputs.over + self.outputs.over
 
     @property
+    def sharded_axes(self) -> tuple[str, ...]:
+        """The mesh axes that matrices are sharded over, in the order of `axes`."""
+        used = {axis for axes in self.over for axis in axes}
+        return tuple(axis for axis in self.axes if axis in used)
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """Into how many pieces each of `axes` shards a matrix; 1 if it does not."""
+        return tuple(
+            size if axis in self.sharded_axes else 1
+            for axis, size in zip(self.axes, self.axis_sizes, strict=True)
+        )
+
+    @property
     def pieces(self) -> int:
         """Number of pieces that a matrix is sharded into."""
-        return math.prod(self.size_of(a) for axes in self.over for a in axes)
+        return math.prod(self.shards)
 
     @property
     def shape(self) -> tuple[int, int]:
         """Inputs and outputs of a whole matrix."""
         return sum(self.inputs.widths), sum(self.outputs.widths)
-
-    def size_of(self, axis: str) -> int:
-        """Returns the size of a mesh axis."""
-        return self.axis_sizes[self.axes.index(axis)]
 
     def blocks(self, count: int) -> MatrixView:
         """Returns how an owner cuts `count` fused matrices into their blocks."""
@@ -140,6 +150,29 @@ class Plan:
     groups: tuple[Group, ...]
 
 
+def make_plans(
+    leaves: Sequence[Leaf], transposable: bool, stack_size: int | None
+) -> list[tuple[list[int], Plan | None]]:
+    """Makes a plan for each mesh that leaves lie on.
+
+    Returns:
+      The positions of the leaves, without empty ones, and their plan, which is None
+      without a mesh.
+    """
+    by_mesh: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        if math.prod(leaf.view.shape):
+            mesh = None if leaf.sharding is None else leaf.sharding.mesh
+            by_mesh.setdefault(mesh, []).append(i)
+    return [
+        (
+            where,
+            mesh and make_plan([leaves[i] for i in where], transposable, stack_size),
+        )
+        for mesh, where in by_mesh.items()
+    ]
+
+
 def make_plan(
     leaves: Sequence[Leaf], transposable: bool, stack_size: int | None
 ) -> Plan:
@@ -163,7 +196,8 @@ def make_plan(
         for j, (count, *_) in enumerate(view.matrices):
             inputs, outputs = sides[j]
             turn = transposable and _turned(inputs, outputs)
-            key = (*_oriented(inputs, outputs, turn), leaf.value.dtype.name, axes)
+            inputs, outputs = (outputs, inputs) if turn else (inputs, outputs)
+            key = (inputs, outputs, leaf.value.dtype.name, axes)
             members.setdefault(key, []).append(Member(i, j, count, turn))
     groups, next_owner = [], {}
     for (inputs, outputs, dtype, axes), found in members.items():
@@ -194,11 +228,6 @@ def axes_of(leaf: Leaf) -> tuple[tuple[str, ...], ...]:
     """Returns the mesh axes that shard each dimension of a leaf."""
     (sharding,) = shardings_of([leaf])
     return _mesh.axes_by_dimension(sharding, len(leaf.view.shape))
-
-
-def _oriented(inputs: Side, outputs: Side, turn: bool) -> tuple[Side, Side]:
-    """Returns the two sides in the orientation of the group."""
-    return (outputs, inputs) if turn else (inputs, outputs)
 
 
 def _turned(inputs: Side, outputs: Side) -> bool:

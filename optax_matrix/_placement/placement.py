@@ -15,20 +15,22 @@ class Placement:
     On a mesh with explicit axes (the default of `jax.make_mesh` since JAX 0.9) the
     types of arrays carry their shardings, and no `Placement` is needed. On a mesh with
     auto axes, shardings are not visible while a function is traced: pass the parameters
-    or their shardings here. Without them, leaves are assumed to be replicated if a mesh
-    is set (`jax.set_mesh`), so that sharded leaves are gathered first; with no mesh
-    set, every product is left to the compiler.
+    or their shardings here. Without them, orthogonalization assumes that leaves are
+    replicated if a mesh is set (`jax.set_mesh`), so that sharded leaves are gathered
+    first; with no mesh set, and in preconditioners, every product is left to the
+    compiler.
 
     Args:
       sharding: The sharded parameters, or a tree (prefix) of their shardings:
-        `jax.sharding.NamedSharding`s on one mesh. Updates must have the same shardings.
+        `jax.NamedSharding`s on one mesh, or arrays on one device. Updates must have the
+        same shardings.
       stack_size: The largest number of matrices of one shape that a device multiplies
         in one batched product, or receives in one exchange, at least 1. 1 is a loop,
         which is fastest on CPU; larger stacks take more memory. None: 1 on CPU and
         stacks of 2²⁶ entries elsewhere, and exchanges of up to 1 GiB per device.
 
     Raises:
-      TypeError: At construction, if `sharding` has leaves without a named sharding, or
+      TypeError: At construction, if `sharding` has leaves that are neither, or
         `stack_size` is not an int.
       ValueError: At construction, if `stack_size` is below 1.
 
@@ -50,9 +52,10 @@ class Placement:
             lambda leaf: getattr(leaf, "sharding", leaf), _paths.unboxed(self.sharding)
         )
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            if not isinstance(leaf, jax.sharding.Sharding):
+            named = isinstance(leaf, jax.NamedSharding)
+            if not named and not isinstance(leaf, jax.sharding.SingleDeviceSharding):
                 raise TypeError(
-                    "`sharding` must hold sharded arrays or shardings, got "
+                    "`sharding` must hold sharded arrays or `jax.NamedSharding`s, got "
                     f"{type(leaf).__name__} at '{_paths.path_name(path)}'. Pass the "
                     "parameters, or jax.tree.map(lambda p: p.sharding, params)."
                 )
@@ -67,12 +70,12 @@ class Placement:
 
         Args:
           tree: Arrays or their descriptions.
-          by_type: Whether to use types alone, as for state that `init` lays out outside
-            `jax.jit` and `update` takes inside.
+          by_type: Whether to ignore shardings over auto axes, which are visible only
+            outside `jax.jit`, so that `init` and `update` agree.
         """
         if self.sharding is None or _mesh.inside_shard_map():
-            found = _mesh.typed if by_type else _mesh.seen
-            return [found(leaf) for leaf in jax.tree.leaves(tree)]
+            of = _mesh.sharding_of_type if by_type else _mesh.visible_sharding
+            return [of(leaf) for leaf in jax.tree.leaves(tree)]
         matched = _paths.match(self.sharding, tree, "sharding", lambda _: False)
         return [
             entry if isinstance(entry, jax.NamedSharding) else None

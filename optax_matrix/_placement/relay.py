@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from optax_matrix import _paths
@@ -26,8 +27,8 @@ def relay_state(saved: Any, like: Any) -> Any:
       The values of `saved` with the structure, shapes and shardings of `like`.
 
     Raises:
-      ValueError: If `saved` lacks a leaf or a matrix of `like`, or a leaf has another
-        shape, with its path.
+      ValueError: If `saved` lacks a leaf of `like`, has another number of matrices of a
+        shape, or a leaf of another shape, with its path.
 
     Example:
       >>> import jax.numpy as jnp
@@ -42,30 +43,38 @@ def relay_state(saved: Any, like: Any) -> Any:
     def is_stack(node: Any) -> bool:
         return isinstance(node, MatrixStack)
 
+    wanted: dict[str, set[int]] = {}
+    for path, node in jax.tree_util.tree_leaves_with_path(like, is_leaf=is_stack):
+        if is_stack(node):
+            numbers = wanted.setdefault(_shape(_name(path)), set())
+            numbers.update(_whole(node.numbers).tolist())
+
     def laid(path: tuple[Any, ...], node: Any) -> Any:
         name = _name(path)
         if is_stack(node):
-            return _relaid(table, name, node)
+            return _relaid(table, name, node, wanted[_shape(name)])
         return _put(_found(table, name), node, name)
 
     return jax.tree_util.tree_map_with_path(laid, like, is_leaf=is_stack)
 
 
-def _relaid(table: dict[str, Any], name: str, like: MatrixStack) -> MatrixStack:
+def _relaid(
+    table: dict[str, Any], name: str, like: MatrixStack, wanted: set[int]
+) -> MatrixStack:
     """Returns a stack with the rows of all saved stacks of its shape in its order."""
     numbers = "/numbers"
     found = [key.removesuffix(numbers) for key in table if key.endswith(numbers)]
     stacks = [stack for stack in found if _shape(stack) == _shape(name)]
     held = [n for stack in stacks for n in np.asarray(table[stack + numbers]).tolist()]
     rows = {number: row for row, number in enumerate(held) if number >= 0}
-    wanted = _whole(like.numbers).tolist()
-    missing = sorted({number for number in wanted if number >= 0} - rows.keys())
-    if missing:
+    if rows.keys() != wanted - {-1}:
         raise ValueError(
-            f"`saved` has no state for matrices {missing[:10]} at '{name}'. It must be "
-            "the state of the same optimizer and parameters."
+            f"`saved` has the states of {len(rows)} matrices of the shape of '{name}', "
+            f"and `like` needs {len(wanted - {-1})}. It must be the state of the same "
+            "optimizer and parameters."
         )
-    take = [rows.get(number, 0) for number in wanted]  # padding may have any state
+    # Padding may have any state.
+    take = [rows.get(number, 0) for number in _whole(like.numbers).tolist()]
 
     def moved(path: tuple[Any, ...], leaf: Any) -> Any:
         tail = f"/state/{_name(path)}"
@@ -108,6 +117,10 @@ def _put(value: Any, like: Any, name: str) -> Any:
             f"{np.shape(like)}. It must be the state of the same optimizer and "
             "parameters."
         )
-    array = np.asarray(value).astype(like.dtype)
-    # Committed to the device of a counter, it could not meet arrays on a mesh.
-    return jax.device_put(array, like.sharding if like.committed else None)
+    if not isinstance(like, jax.Array):
+        return value
+    if not jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        value = np.asarray(value).astype(like.dtype)
+    # Uncommitted scalars stay so: committed to one device, they could not be combined
+    # with arrays on a mesh.
+    return jax.device_put(value, like.sharding if like.committed else None)

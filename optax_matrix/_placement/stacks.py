@@ -1,6 +1,6 @@
 """How one device works on its matrices: in a loop, or in stacks."""
 
-import math
+import collections
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -60,8 +60,7 @@ def map_stacks(
 
 
 def map_stack(fn: Callable[..., Any], trees: Sequence[Any], size: int) -> Any:
-    """Applies `fn` to what trees hold of each matrix; their leaves are all (count,
-    ...).
+    """Applies `fn` to what trees hold of each matrix; all leaves are (count, ...).
 
     Args:
       fn: Takes a tree for each of `trees`, without the leading axis.
@@ -127,9 +126,9 @@ def by_shape(leaves: Sequence[Leaf], transposable: bool) -> list[Stack]:
 
 def stack_names(shapes: Iterable[tuple[int, int]]) -> list[str]:
     """Names stacks by shape, as in ``8x16``; the next one of a shape is ``8x16.2``."""
-    names, seen = [], {}
+    names, seen = [], collections.Counter()
     for m, n in shapes:
-        seen[m, n] = seen.get((m, n), 0) + 1
+        seen[m, n] += 1
         more = f".{seen[m, n]}" if seen[m, n] > 1 else ""
         names.append(f"{m}x{n}{more}")
     return names
@@ -137,10 +136,10 @@ def stack_names(shapes: Iterable[tuple[int, int]]) -> list[str]:
 
 def matrix_counts(leaves: Sequence[Leaf]) -> dict[tuple[int, int], int]:
     """Returns the number of matrices by shape, over all leaves and all devices."""
-    counts: dict[tuple[int, int], int] = {}
+    counts: collections.Counter[tuple[int, int]] = collections.Counter()
     for leaf in leaves:
         for count, m, n in leaf.view.matrices:
-            counts[m, n] = counts.get((m, n), 0) + count
+            counts[m, n] += count
     return counts
 
 
@@ -150,14 +149,9 @@ def first_numbers(leaves: Sequence[Leaf]) -> dict[tuple[int, tuple[int, int]], i
     All matrices of a shape are numbered in the order of the leaves, whatever mesh they
     lie on.
     """
-    numbers, counts = {}, {}
+    numbers, counts = {}, collections.Counter()
     for i, leaf in enumerate(leaves):
         for count, m, n in leaf.view.matrices:
-            numbers[i, (m, n)] = counts.get((m, n), 0)
-            counts[m, n] = numbers[i, (m, n)] + count
+            numbers[i, (m, n)] = counts[m, n]
+            counts[m, n] += count
     return numbers
-
-
-def is_empty(leaf: Leaf) -> bool:
-    """Returns whether a leaf has no entries; such a leaf stays as it is."""
-    return not math.prod(leaf.view.shape)

@@ -1,5 +1,6 @@
 """State of every matrix, which lies with its owner."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from jax.sharding import AxisType
 from jax.typing import DTypeLike
 
 from optax_matrix import _linalg
+from optax_matrix._layout import MatrixView
 from optax_matrix._placement import exchange
 from optax_matrix._placement.groups import Group, Plan, axes_of
 from optax_matrix._placement.placement import Leaf
@@ -54,9 +56,9 @@ def stack_rows(plan: Plan) -> Iterator[StackRows]:
 
 def stacks_by_group(plan: Plan) -> Iterator[tuple[Group, list[StackRows]]]:
     """Yields each group with its stacks of states."""
-    stacks = stack_rows(plan)
-    for group in plan.groups:
-        yield group, [next(stacks) for _ in group.stacks]
+    by_group = itertools.groupby(stack_rows(plan), key=lambda stack: stack.group)
+    for group, stacks in by_group:
+        yield group, list(stacks)
 
 
 def stack_specs(plan: Plan) -> dict[str, jax.P]:
@@ -87,7 +89,10 @@ def init_states(
     numbers = first_numbers(leaves)
 
     def local() -> dict[str, MatrixStack]:
-        ids = [_batch_ids(leaf) for leaf in leaves]
+        ids = [
+            _batch_ids(leaf, here)
+            for leaf, here in zip(leaves, plan.views, strict=True)
+        ]
         stacks = {}
         for stack in stack_rows(plan):
             found = []
@@ -106,28 +111,12 @@ def init_states(
             stacks[stack.name] = MatrixStack(jnp.ravel(own), _repeated(one, stack.rows))
         return stacks
 
-    specs: Any = stack_specs(plan)
-    if AxisType.Explicit in plan.mesh.axis_types:
-        specs = _full_specs(make, plan, specs)
-    return jax.shard_map(
-        local, mesh=plan.mesh, in_specs=(), out_specs=specs, check_vma=False
-    )()
-
-
-def _full_specs(make: Make, plan: Plan, short: dict[str, jax.P]) -> Any:
-    """Returns specs with an entry for every axis, as types on explicit axes have them.
-
-    With short ones the second update would see another type than the first one, and
-    compile again.
-    """
-    specs = {}
-    for stack in stack_rows(plan):
-        dtype = _linalg.at_least_float32(stack.group.dtype)
-        one = jax.eval_shape(lambda s=stack, d=dtype: make(s.m, s.n, d))
-        spec = short[stack.name]
-        state = jax.tree.map(lambda x, p=spec: jax.P(*p, *[None] * x.ndim), one)
-        specs[stack.name] = MatrixStack(numbers=spec, state=state)  # pyright: ignore
-    return specs
+    init = jax.shard_map(
+        local, mesh=plan.mesh, in_specs=(), out_specs=stack_specs(plan), check_vma=False
+    )
+    # Compiled, the types on explicit axes have an entry for every axis. Otherwise the
+    # second update would see another type than the first one, and compile again.
+    return jax.jit(init)() if AxisType.Explicit in plan.mesh.axis_types else init()
 
 
 def _on_one_device(make: Make, leaves: Sequence[Leaf]) -> dict[str, MatrixStack]:
@@ -149,18 +138,13 @@ def _repeated(one: Any, rows: int) -> Any:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape)), one)
 
 
-def _batch_ids(leaf: Leaf) -> Array:
+def _batch_ids(leaf: Leaf, here: MatrixView) -> Array:
     """Returns the global index of each entry of the batch that this device holds."""
-    assert leaf.sharding is not None
-    sizes, over = leaf.sharding.mesh.shape, axes_of(leaf)
-    ids = jnp.zeros((1,), jnp.int32)
+    over, ids = axes_of(leaf), jnp.zeros((1,), jnp.int32)
     for axis in leaf.view.batch:
-        size = here = leaf.view.shape[axis]
-        index = jnp.zeros((), jnp.int32)
-        for name in over[axis]:
-            here //= sizes[name]
-            index = index * sizes[name] + lax.axis_index(name)
-        own = index * here + jnp.arange(here, dtype=jnp.int32)
+        size, held = leaf.view.shape[axis], here.shape[axis]
+        first = lax.axis_index(over[axis]) * held if over[axis] else 0
+        own = first + jnp.arange(held, dtype=jnp.int32)
         ids = jnp.ravel(ids[:, None] * size + own[None])
     return ids
 

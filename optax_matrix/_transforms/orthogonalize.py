@@ -73,7 +73,8 @@ def orthogonalize(
 
     def init(params: optax.Params) -> optax.EmptyState:
         leaves = _placement.resolve(params, layout, place)
-        _placement.check_leaves(leaves, transposable, place.stack_size)
+        # Raises what `update` would raise.
+        _placement.make_plans(leaves, transposable, place.stack_size)
         return optax.EmptyState()
 
     def update(updates, state, params=None, **extra_args):
