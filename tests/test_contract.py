@@ -336,7 +336,6 @@ def test_a_function_mapped_over_the_state_reaches_the_momentum():
 
 @pytest.mark.parametrize("name", named(OPTIMIZERS))
 def test_an_exported_update_equals_the_original(name):
-    pytest.importorskip("flatbuffers")
     _, update = subject(name)
     params = tree(name)
     given = (params, started(name, params), params)

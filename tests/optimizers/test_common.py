@@ -165,16 +165,12 @@ def adamw(rate):
 
 @pytest.mark.parametrize("name, settings, factor", FACTORS, ids=str)
 def test_the_default_rate_of_the_auxiliary_optimizer(name, settings, factor):
-    params = {"kernel": problems.normal((5, 4)), "bias": problems.normal((4,), 1)}
-    bias = {"bias": params["bias"]}
+    # A matrix without entries, because others take longer to compile.
+    params = {"kernel": jnp.ones((0, 4)), "bias": problems.normal((4,), 1)}
     grads = [gradients(params, seed) for seed in range(1, STEPS + 1)]
 
     def ends(tx):
         return problems.run(tx, params, grads)[0][-1]["bias"]
-
-    def adamw_ends(rate):
-        rest = [{"bias": g["bias"]} for g in grads]
-        return problems.run(adamw(rate), bias, rest)[0][-1]["bias"]
 
     make = OPTIMIZERS[name]
     cases = [
@@ -184,7 +180,7 @@ def test_the_default_rate_of_the_auxiliary_optimizer(name, settings, factor):
         (make(0.02, **settings, auxiliary_learning_rate=halves), halves),
     ]
     for tx, rate in cases:
-        np.testing.assert_allclose(ends(tx), adamw_ends(rate), rtol=1e-6)
+        np.testing.assert_allclose(ends(tx), ends(adamw(rate)), rtol=1e-6)
 
 
 def test_an_injected_rate_drives_the_auxiliary_optimizer():

@@ -36,7 +36,7 @@ def test_leaves_that_are_not_real_floating_raise_at_init_with_their_path(name, d
         TRANSFORMS[name]().init(params)
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", TRANSFORMS | CUT)
 def test_leaves_without_entries_pass_beside_others(name, jit):
     tx, full = (TRANSFORMS | CUT)[name](), {"w": problems.normal((5, 4))}

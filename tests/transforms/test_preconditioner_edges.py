@@ -115,7 +115,7 @@ def moved(make, grads):
     return of
 
 
-@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize("stagger", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", RULES)
 def test_refresh_and_start_may_be_traced(name, stagger):
     make, settings = RULES[name]
