@@ -81,7 +81,8 @@ def test_the_costs_of_large_models_are_those_of_the_formulas(name):
 def test_the_tables_of_the_docs_are_those_of_the_raw_results():
     results = ROOT / "benchmarks" / "results"
     text = (ROOT / "benchmarks" / "README.md").read_text()
-    for name in ("gpt384_2026-11-24", "many224_2026-11-24", "2026-11-22"):
+    names = ("gpt384_2026-11-24", "many224_2026-11-24", "many700_2026-11-24")
+    for name in (*names, "2026-11-22"):
         assert step_time.table(results / f"step_time_{name}.json").strip() in text
     assert preconditioners.table(results / "preconditioners_2026-11-22.json") in text
     page = (ROOT / "docs" / "sharding.md").read_text()
