@@ -2,6 +2,7 @@
 
 from optax_matrix import diagnostics
 from optax_matrix._accounting import describe_placement, describe_state
+from optax_matrix._evaluation import evaluation_params
 from optax_matrix._layout import MatrixLayout, MatrixView, tree_map
 from optax_matrix._linalg import Exact, Halley, NewtonSchulz, PolarMethod
 from optax_matrix._optimizers import (
@@ -29,7 +30,9 @@ from optax_matrix._transforms import (
     Preconditioner,
     Shampoo,
     add_cautious_weight_decay,
+    ema_lookahead,
     ema_momentum,
+    equalize_norms,
     float32_statistics,
     floor_update_ratio,
     graft_to,
@@ -37,12 +40,15 @@ from optax_matrix._transforms import (
     kl_shampoo_precondition,
     kl_soap_precondition,
     match_rms,
+    mixed_momentum,
     normalize_frobenius,
     orthogonalize,
     orthogonalize_exact,
     orthogonalize_halley,
     orthogonalize_newton_schulz,
     precondition_then_orthogonalize,
+    radial_brake,
+    radial_retract,
     scale_by_neuron_variance,
     scale_by_shape,
     scale_by_sign,
@@ -50,6 +56,8 @@ from optax_matrix._transforms import (
     shampoo_precondition,
     soap_precondition,
     switch_at,
+    tail_average,
+    whiten_momentum,
 )
 
 __all__ = [
@@ -74,7 +82,10 @@ __all__ = [
     "describe_state",
     "diagnostics",
     "distributed_shampoo",
+    "ema_lookahead",
     "ema_momentum",
+    "equalize_norms",
+    "evaluation_params",
     "float32_statistics",
     "floor_update_ratio",
     "graft_to",
@@ -85,6 +96,7 @@ __all__ = [
     "kl_soap_precondition",
     "make_optimizer",
     "match_rms",
+    "mixed_momentum",
     "muon",
     "muonh",
     "muonw",
@@ -96,6 +108,8 @@ __all__ = [
     "orthogonalize_newton_schulz",
     "partition",
     "precondition_then_orthogonalize",
+    "radial_brake",
+    "radial_retract",
     "relay_state",
     "route",
     "scale_by_neuron_variance",
@@ -108,5 +122,7 @@ __all__ = [
     "soap_muon",
     "soap_precondition",
     "switch_at",
+    "tail_average",
     "tree_map",
+    "whiten_momentum",
 ]

@@ -18,8 +18,9 @@ def in_range(
     high: float = math.inf,
     *,
     low_open: bool = False,
+    high_open: bool = True,
 ) -> None:
-    """Raises unless `value` is a real number in [low, high), or in (low, high).
+    """Raises unless `value` is a real number in [low, high), or with other ends.
 
     Accepts Python numbers and NumPy's and JAX's scalars and 0-d arrays. Traced numbers,
     such as injected hyperparameters, have no value yet and are not compared with the
@@ -33,9 +34,13 @@ def in_range(
         return
     number = float(value)
     # Written so that NaN fails too.
-    if not (low < number < high or (number == low and not low_open)):
-        left = "(" if low_open else "["
-        raise ValueError(f"`{name}` must lie in {left}{low:g}, {high:g}), got {value}.")
+    inside = low < number < high
+    at_end = (number == low and not low_open) or (number == high and not high_open)
+    if not inside and not at_end:
+        left, right = "(" if low_open else "[", ")" if high_open else "]"
+        raise ValueError(
+            f"`{name}` must lie in {left}{low:g}, {high:g}{right}, got {value}."
+        )
 
 
 def one_of(name: str, value: Any, choices: Collection[str | None]) -> None:
@@ -94,12 +99,13 @@ def boolean(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` must be True or False, got {_short(value)}.")
 
 
-def instance(name: str, value: Any, kind: type) -> None:
-    """Raises unless `value` is an instance of `kind`."""
-    if not isinstance(value, kind):
+def instance(name: str, value: Any, *kinds: type) -> None:
+    """Raises unless `value` is an instance of one of `kinds`."""
+    if not isinstance(value, kinds):
+        names = [kind.__name__ for kind in kinds]
+        listed = " or ".join(f"`{kind}`" for kind in names)
         raise TypeError(
-            f"`{name}` must be a `{kind.__name__}`, such as `{kind.__name__}()`, got "
-            f"{_short(value)}."
+            f"`{name}` must be a {listed}, such as `{names[0]}()`, got {_short(value)}."
         )
 
 

@@ -21,6 +21,12 @@ LR = 0.05
 # The arguments that each transformation is tested with.
 TRANSFORMS = {
     "ema_momentum": {},
+    "mixed_momentum": {},
+    "ema_lookahead": {"inner": om.ema_momentum()},
+    "tail_average": {"inner": om.ema_momentum(), "start": 1},
+    "equalize_norms": {},
+    "radial_brake": {},
+    "radial_retract": {"weight_decay": 0.1},
     "scale_by_sign": {},
     "scale_by_variance": {},
     "scale_by_neuron_variance": {},
@@ -39,6 +45,7 @@ TRANSFORMS = {
     # Damped so that rounding, of which small eigenvalues are made, does not show.
     "shampoo_precondition": {"damping": 1e-2},
     "soap_precondition": {},
+    "whiten_momentum": {},
     "kl_soap_precondition": {},
     "kl_shampoo_precondition": {},
     "graft_to": {"magnitude": optax.scale_by_adam(), "direction": om.ema_momentum()},
@@ -49,13 +56,13 @@ SUBJECTS = TRANSFORMS | OPTIMIZERS
 # The other public functions.
 OTHERS = {
     *("describe", "describe_placement", "describe_state", "make_optimizer"),
-    *("partition", "relay_state", "route", "tree_map"),
+    *("evaluation_params", "partition", "relay_state", "route", "tree_map"),
 }
 STATELESS = {
     *("add_cautious_weight_decay", "floor_update_ratio", "match_rms"),
     *("normalize_frobenius", "orthogonalize", "orthogonalize_exact"),
     *("orthogonalize_halley", "orthogonalize_newton_schulz", "scale_by_shape"),
-    "scale_by_sign",
+    *("equalize_norms", "radial_brake", "scale_by_sign"),
 }
 # Arguments that fix the program; optimizers have none.
 STRUCTURAL = {

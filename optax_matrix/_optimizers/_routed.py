@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
-from optax_matrix import _check, _layout, _routing
+from optax_matrix import _check, _layout, _routing, _transforms
 from optax_matrix._transforms import _arguments
 
 P = ParamSpec("P")
@@ -78,15 +79,29 @@ def scaled(
     return factor * learning_rate
 
 
-def check_rates(learning_rate: Any, weight_decay: Any, **second_moments: Any) -> None:
+def check_rates(learning_rate: Any, weight_decay: Any) -> None:
     """Checks the arguments for stages of Optax, which do not check them."""
-    schedulable = {"learning_rate": learning_rate, "weight_decay": weight_decay}
-    for name, value in schedulable.items():
-        if not callable(value):
-            _arguments.number(name, value, 0.0)
-    for name, value in second_moments.items():
-        high, open_ = (float("inf"), True) if name == "eps" else (1.0, False)
-        _arguments.number(name, value, 0.0, high, low_open=open_)
+    _arguments.number_or_schedule("learning_rate", learning_rate, 0.0)
+    _arguments.number_or_schedule("weight_decay", weight_decay, 0.0)
+
+
+def adam(
+    momentum: optax.ScalarOrSchedule,
+    b2: ArrayLike,
+    eps: ArrayLike,
+    mu_dtype: DTypeLike | None,
+) -> optax.GradientTransformation:
+    """Returns Adam's direction, checked, with statistics in float32."""
+    _arguments.number_or_schedule("momentum", momentum, 0.0, 1.0)
+    _arguments.number("b2", b2, 0.0, 1.0)
+    _arguments.number("eps", eps, 0.0, low_open=True)
+    mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
+    factory: Callable[..., optax.GradientTransformation] = optax.scale_by_adam
+    if callable(momentum):
+        # Optax's own has no schedules.
+        factory = optax.inject_hyperparams(factory, static_args=("mu_dtype",))
+    inner = factory(b1=momentum, b2=b2, eps=eps, mu_dtype=mu_dtype)
+    return _transforms.float32_statistics(inner)
 
 
 def documented(factor: str) -> Callable[[Callable[P, T]], Callable[P, T]]:

@@ -8,14 +8,13 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_matrix import _check, _layout, _linalg, _placement, _routing, _transforms
 from optax_matrix._linalg import NewtonSchulz
 from optax_matrix._optimizers import _routed
-from optax_matrix._transforms import _arguments
 
 
 @_routed.documented("1")
 def hopper(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     *,
-    momentum: ArrayLike | None = None,
+    momentum: optax.ScalarOrSchedule | None = None,
     nesterov: bool = True,
     orthogonalize: str | _linalg.PolarMethod | None = NewtonSchulz(1),
     variance: Literal["post", "pre"] = "post",
@@ -57,8 +56,8 @@ def hopper(
     Args:
       learning_rate: :math:`\eta`, not negative, or a schedule; with ``rms=0.2``,
         AdamW's learning rates fit.
-      momentum: Decay of the momentum, in [0, 1). None: 0.95 for ``"post"`` (Muon's),
-        0.9 for ``"pre"`` (Adam's).
+      momentum: Decay of the momentum, in [0, 1), or a schedule. None: 0.95 for
+        ``"post"`` (Muon's), 0.9 for ``"pre"`` (Adam's).
       nesterov: Whether the momentum of ``"post"`` looks ahead; ``"pre"`` uses Adam's,
         which does not.
       orthogonalize: See `muon`; ``NewtonSchulz(k)`` for k steps, None for none.
@@ -90,16 +89,15 @@ def hopper(
     else:
         momentum = 0.9 if momentum is None else momentum
         b2 = 0.999 if b2 is None else b2
-    _routed.check_rates(learning_rate, weight_decay, momentum=momentum, b2=b2, eps=eps)
-    mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
-    adam = optax.scale_by_adam(b1=momentum, b2=b2, eps=eps, mu_dtype=mu_dtype)
+    _routed.check_rates(learning_rate, weight_decay)
+    adam = _routed.adam(momentum, b2, eps, mu_dtype)
 
     def direction(layout: _layout.Layout) -> optax.GradientTransformation:
         polar = _transforms.orthogonalize(
             orthogonalize, layout=layout, placement=placement
         )
         if variance == "pre":
-            return optax.chain(_transforms.float32_statistics(adam), polar)
+            return optax.chain(adam, polar)
         return optax.chain(
             _transforms.ema_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype),
             polar,
@@ -122,7 +120,7 @@ def hopper(
 def adamuon(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     *,
-    momentum: ArrayLike = 0.95,
+    momentum: optax.ScalarOrSchedule = 0.95,
     nesterov: bool = True,
     orthogonalize: str | _linalg.PolarMethod | None = "newton_schulz",
     b2: ArrayLike = 0.95,

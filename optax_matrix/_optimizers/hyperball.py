@@ -7,14 +7,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _layout, _linalg, _placement, _routing, _transforms
 from optax_matrix._optimizers import _routed
-from optax_matrix._transforms import _arguments
 
 
 @_routed.documented("0.15")
 def muonh(
     learning_rate: optax.ScalarOrSchedule = 0.018,
     *,
-    momentum: ArrayLike = 0.95,
+    momentum: optax.ScalarOrSchedule = 0.95,
     nesterov: bool = True,
     orthogonalize: str | _linalg.PolarMethod | None = "newton_schulz",
     weight_decay: optax.ScalarOrSchedule = 0.0,
@@ -80,7 +79,7 @@ def muonh(
 def adamh(
     learning_rate: optax.ScalarOrSchedule = 0.018,
     *,
-    momentum: ArrayLike = 0.9,
+    momentum: optax.ScalarOrSchedule = 0.9,
     b2: ArrayLike = 0.95,
     eps: ArrayLike = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
@@ -102,7 +101,7 @@ def adamh(
     Args:
       learning_rate: :math:`\eta`, the length of a step relative to the norm of the
         matrix, see `muonh`.
-      momentum: Decay of the first moment, in [0, 1).
+      momentum: Decay of the first moment, in [0, 1), or a schedule.
       b2: Decay of the second moment, in [0, 1).
       eps: :math:`\epsilon`, positive, added to the root of the second moment.
       <common arguments>
@@ -121,13 +120,12 @@ def adamh(
       <https://arxiv.org/abs/2606.16899>`_.
     """
     _placement.as_placement(placement)
-    _routed.check_rates(learning_rate, weight_decay, momentum=momentum, b2=b2, eps=eps)
-    mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
-    adam = optax.scale_by_adam(b1=momentum, b2=b2, eps=eps, mu_dtype=mu_dtype)
+    _routed.check_rates(learning_rate, weight_decay)
+    adam = _routed.adam(momentum, b2, eps, mu_dtype)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(
-            _transforms.float32_statistics(adam),
+            adam,
             _transforms.normalize_frobenius("param", layout=layout),
             optax.add_decayed_weights(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),

@@ -3,7 +3,7 @@
 from typing import Any
 
 import optax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from optax_matrix import _layout, _linalg, _placement, _routing, _transforms
 from optax_matrix._optimizers import _routed
@@ -14,7 +14,7 @@ from optax_matrix._presets import preset
 def muon(
     learning_rate: optax.ScalarOrSchedule = 0.02,
     *,
-    momentum: ArrayLike = 0.95,
+    momentum: optax.ScalarOrSchedule = 0.95,
     nesterov: bool = True,
     debias: bool = False,
     orthogonalize: str | _linalg.PolarMethod | None = "newton_schulz",
@@ -54,7 +54,7 @@ def muon(
     Args:
       learning_rate: :math:`\eta`, not negative, in units of spectral norm per update;
         or a schedule, which is a function of the step.
-      momentum: :math:`\beta`, in [0, 1).
+      momentum: :math:`\beta`, in [0, 1), or a schedule.
       nesterov: Whether to look ahead; without it, :math:`U = M`.
       debias: Whether to bias-correct :math:`M` and :math:`G`, see `ema_momentum`.
       orthogonalize: How to orthogonalize: ``"newton_schulz"`` (five steps of the

@@ -13,7 +13,7 @@ from optax_matrix._optimizers import _routed
 def normuon(
     learning_rate: optax.ScalarOrSchedule = 0.02,
     *,
-    momentum: ArrayLike = 0.95,
+    momentum: optax.ScalarOrSchedule = 0.95,
     nesterov: bool = True,
     orthogonalize: str | _linalg.PolarMethod | None = "newton_schulz",
     b2: ArrayLike = 0.95,

@@ -15,7 +15,7 @@ from optax_matrix._transforms import Shampoo, _arguments
 def shampoo(
     learning_rate: optax.ScalarOrSchedule = 3e-3,
     *,
-    momentum: ArrayLike | None = 0.9,
+    momentum: optax.ScalarOrSchedule | None = 0.9,
     b2: ArrayLike | None = 0.95,
     damping: ArrayLike = 1e-6,
     start: ArrayLike = 0,
@@ -42,7 +42,8 @@ def shampoo(
     Args:
       learning_rate: :math:`\eta`, not negative, or a schedule, in the units of the
         grafted transformation.
-      momentum: :math:`\beta_1` of :math:`M`, in [0, 1); None disables momentum.
+      momentum: :math:`\beta_1` of :math:`M`, in [0, 1), or a schedule; None disables
+        momentum.
       b2: :math:`\beta_2` of :math:`L` and :math:`R`, in [0, 1); None for sums.
       damping: :math:`\epsilon`, relative to the largest eigenvalue.
       start: The first update, counted from 0, that is preconditioned.
@@ -132,8 +133,8 @@ def _magnitude(
     _check.one_of("graft", graft, ("adam", "rmsprop", "adagrad", "sgd"))
     if graft == "adam":
         b1 = 0.9 if momentum is None else momentum
-        inner = optax.scale_by_adam(b1=b1, b2=0.95, mu_dtype=mu_dtype)
-    elif graft == "rmsprop":
+        return _routed.adam(b1, 0.95, 1e-8, mu_dtype)
+    if graft == "rmsprop":
         inner = optax.scale_by_rms(decay=0.95)
     elif graft == "adagrad":
         inner = optax.scale_by_rss()

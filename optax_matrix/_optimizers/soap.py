@@ -15,11 +15,11 @@ from optax_matrix._transforms import KL, SOAP
 def soap(
     learning_rate: optax.ScalarOrSchedule = 3e-3,
     *,
-    momentum: ArrayLike = 0.95,
+    momentum: optax.ScalarOrSchedule = 0.95,
     b2: ArrayLike = 0.95,
     eps: ArrayLike = 1e-8,
     refresh: ArrayLike = 10,
-    preconditioner: SOAP = SOAP(),
+    preconditioner: SOAP | KL = SOAP(),
     weight_decay: optax.ScalarOrSchedule = 0.01,
     weight_decay_mask: Any = None,
     mu_dtype: DTypeLike | None = None,
@@ -36,7 +36,7 @@ def soap(
 
     Args:
       learning_rate: :math:`\eta`, not negative, in Adam's units, or a schedule.
-      momentum: :math:`\beta_1` of the momentum, in [0, 1).
+      momentum: :math:`\beta_1` of the momentum, in [0, 1), or a schedule.
       b2: :math:`\beta_2` of the second moment, in [0, 1), and of the statistics unless
         ``preconditioner`` has ``factor_b2``.
       eps: :math:`\epsilon`, positive.
@@ -103,11 +103,11 @@ def kl_soap() -> None:
 def soap_muon(
     learning_rate: optax.ScalarOrSchedule = 0.02,
     *,
-    momentum: ArrayLike = 0.95,
+    momentum: optax.ScalarOrSchedule = 0.95,
     b2: ArrayLike = 0.95,
     eps: ArrayLike = 1e-8,
     refresh: ArrayLike = 10,
-    preconditioner: SOAP = SOAP(),
+    preconditioner: SOAP | KL = SOAP(),
     orthogonalize: str | _linalg.PolarMethod | None = "newton_schulz",
     shape_scale: _transforms.ShapeScale | None = "spectral",
     weight_decay: optax.ScalarOrSchedule = 0.0,

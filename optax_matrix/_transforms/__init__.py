@@ -9,7 +9,9 @@ from optax_matrix._transforms._preconditioner import (
 )
 from optax_matrix._transforms._rule_of import rule_of
 from optax_matrix._transforms.add_cautious_weight_decay import add_cautious_weight_decay
+from optax_matrix._transforms.ema_lookahead import EmaLookaheadState, ema_lookahead
 from optax_matrix._transforms.ema_momentum import EmaMomentumState, ema_momentum
+from optax_matrix._transforms.equalize_norms import equalize_norms
 from optax_matrix._transforms.float32_statistics import float32_statistics
 from optax_matrix._transforms.floor_update_ratio import floor_update_ratio
 from optax_matrix._transforms.graft_to import GraftToState, graft_to
@@ -20,6 +22,7 @@ from optax_matrix._transforms.hyperball_retract import (
 from optax_matrix._transforms.kl_shampoo_precondition import kl_shampoo_precondition
 from optax_matrix._transforms.kl_soap_precondition import kl_soap_precondition
 from optax_matrix._transforms.match_rms import match_rms
+from optax_matrix._transforms.mixed_momentum import MixedMomentumState, mixed_momentum
 from optax_matrix._transforms.normalize_frobenius import normalize_frobenius
 from optax_matrix._transforms.orthogonalize import orthogonalize
 from optax_matrix._transforms.orthogonalize_exact import orthogonalize_exact
@@ -30,6 +33,8 @@ from optax_matrix._transforms.orthogonalize_newton_schulz import (
 from optax_matrix._transforms.precondition_then_orthogonalize import (
     precondition_then_orthogonalize,
 )
+from optax_matrix._transforms.radial_brake import radial_brake
+from optax_matrix._transforms.radial_retract import RadialRetractState, radial_retract
 from optax_matrix._transforms.scale_by_neuron_variance import (
     ScaleByNeuronVarianceState,
     scale_by_neuron_variance,
@@ -43,23 +48,31 @@ from optax_matrix._transforms.scale_by_variance import (
 from optax_matrix._transforms.shampoo_precondition import Shampoo, shampoo_precondition
 from optax_matrix._transforms.soap_precondition import soap_precondition
 from optax_matrix._transforms.switch_at import SwitchAtState, switch_at
+from optax_matrix._transforms.tail_average import TailAverageState, tail_average
+from optax_matrix._transforms.whiten_momentum import whiten_momentum
 
 __all__ = [
     "KL",
     "SOAP",
+    "EmaLookaheadState",
     "EmaMomentumState",
     "GraftToState",
     "Health",
     "HyperballRetractState",
+    "MixedMomentumState",
     "PreconditionState",
     "Preconditioner",
+    "RadialRetractState",
     "ScaleByNeuronVarianceState",
     "ScaleByVarianceState",
     "Shampoo",
     "ShapeScale",
     "SwitchAtState",
+    "TailAverageState",
     "add_cautious_weight_decay",
+    "ema_lookahead",
     "ema_momentum",
+    "equalize_norms",
     "float32_statistics",
     "floor_update_ratio",
     "graft_to",
@@ -67,12 +80,15 @@ __all__ = [
     "kl_shampoo_precondition",
     "kl_soap_precondition",
     "match_rms",
+    "mixed_momentum",
     "normalize_frobenius",
     "orthogonalize",
     "orthogonalize_exact",
     "orthogonalize_halley",
     "orthogonalize_newton_schulz",
     "precondition_then_orthogonalize",
+    "radial_brake",
+    "radial_retract",
     "rule_of",
     "scale_by_neuron_variance",
     "scale_by_shape",
@@ -81,4 +97,6 @@ __all__ = [
     "shampoo_precondition",
     "soap_precondition",
     "switch_at",
+    "tail_average",
+    "whiten_momentum",
 ]

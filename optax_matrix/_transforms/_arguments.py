@@ -18,6 +18,7 @@ def number(
     high: float = math.inf,
     *,
     low_open: bool = False,
+    high_open: bool = True,
 ) -> None:
     """Raises unless `value` is a real number in the range, see `_check.in_range`.
 
@@ -32,7 +33,15 @@ def number(
             f"`{name}` must be a real number, got {reprlib.repr(value)}. For a "
             "schedule, use `optax.inject_hyperparams`."
         )
-    _check.in_range(name, value, low, high, low_open=low_open)
+    _check.in_range(name, value, low, high, low_open=low_open, high_open=high_open)
+
+
+def number_or_schedule(
+    name: str, value: Any, low: float, high: float = math.inf
+) -> None:
+    """Raises unless `value` is a schedule, or a real number in [low, high)."""
+    if not callable(value):
+        number(name, value, low, high)
 
 
 def transformation(name: str, value: Any) -> None:

@@ -18,7 +18,39 @@ from optax_matrix._transforms._preconditioner import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SOAP(Preconditioner):
+class EigenbasisSettings(Preconditioner):
+    """The settings that SOAP and the KL rules have in common.
+
+    Args:
+      factor_b2: Decay of the two statistics, in [0, 1). None is the ``b2`` of the
+        second moment.
+      stagger: See `Preconditioner`, as the following.
+      block_size: See `Preconditioner`.
+      max_dim: See `Preconditioner`; such a side keeps the identity for its basis.
+      max_failures: See `Preconditioner`.
+      factor_dtype: See `Preconditioner`.
+      precision: See `Preconditioner`.
+
+    Raises:
+      TypeError: If a count is not an int.
+      ValueError: If an argument is outside its range.
+    """
+
+    factor_b2: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the arguments and stores them in a hashable form."""
+        super().__post_init__()
+        if self.factor_b2 is not None:
+            self._store_number("factor_b2", 1.0)
+
+    def sides(self, m: int, n: int) -> tuple[bool, bool]:
+        """Returns which sides of an m×n matrix have a basis."""
+        return m <= self.max_dim, n <= self.max_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SOAP(EigenbasisSettings):
     r"""The settings of `soap_precondition` and of the optimizers that use it.
 
     Args:
@@ -38,18 +70,6 @@ class SOAP(Preconditioner):
     Example:
       >>> settings = SOAP(stagger=True, block_size=1024)
     """
-
-    factor_b2: float | None = None
-
-    def __post_init__(self) -> None:
-        """Checks the arguments and stores them in a hashable form."""
-        super().__post_init__()
-        if self.factor_b2 is not None:
-            self._store_number("factor_b2", 1.0)
-
-    def sides(self, m: int, n: int) -> tuple[bool, bool]:
-        """Returns which sides of an m×n matrix have a basis."""
-        return m <= self.max_dim, n <= self.max_dim
 
 
 class Side(NamedTuple):
@@ -75,7 +95,7 @@ class Moments(NamedTuple):
 class InBases:
     """The part of a rule that SOAP and the KL rules have in common."""
 
-    settings: SOAP
+    settings: EigenbasisSettings
     mu_dtype: str | None
 
     def side(self, size: int, kept: bool, dtype: DTypeLike) -> Side | None:
@@ -172,8 +192,8 @@ def _wide(x: Array) -> Array:
 
 def transformation(
     rule: MatrixRule,
-    settings: SOAP,
-    momentum: ArrayLike,
+    settings: EigenbasisSettings,
+    momentum: optax.ScalarOrSchedule,
     b2: ArrayLike,
     *,
     eps: ArrayLike,
@@ -182,8 +202,8 @@ def transformation(
     placement: _placement.Placement | None,
 ) -> optax.GradientTransformationExtraArgs:
     """Checks the numbers and makes the transformation of a rule in eigenbases."""
-    for name, value in (("momentum", momentum), ("b2", b2)):
-        _arguments.number(name, value, 0.0, 1.0)
+    _arguments.number_or_schedule("momentum", momentum, 0.0, 1.0)
+    _arguments.number("b2", b2, 0.0, 1.0)
     _arguments.number("eps", eps, 0.0, low_open=True)
     _preconditioner.check_refresh(refresh, 0)
     scalars = {

@@ -7,12 +7,17 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from optax_matrix._transforms import _eigenbases, _numerics, _preconditioner
-from optax_matrix._transforms._eigenbases import SOAP, InBases, Moments, Side
+from optax_matrix._transforms._eigenbases import (
+    EigenbasisSettings,
+    InBases,
+    Moments,
+    Side,
+)
 from optax_matrix._transforms._preconditioner import Scalars
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KL(SOAP):
+class KL(EigenbasisSettings):
     r"""The settings of `kl_soap_precondition` and `kl_shampoo_precondition`.
 
     Args:

@@ -26,6 +26,20 @@ def as_scalar(value: ArrayLike, like: jax.Array) -> jax.Array:
     return jnp.asarray(value, like.dtype)
 
 
+def value_at(value: optax.ScalarOrSchedule, count: jax.Array) -> ArrayLike:
+    """Returns a hyperparameter after `count` updates, which may be a schedule."""
+    return value(count) if callable(value) else value
+
+
+def zero_momentum(params: optax.Params, mu_dtype: str | None) -> optax.Updates:
+    """Returns zeros for a moving average of updates like `params`."""
+
+    def zeros(p: jax.Array) -> jax.Array:
+        return jnp.zeros_like(p, dtype=mu_dtype or wide_dtype(p))
+
+    return jax.tree.map(zeros, params)
+
+
 def next_count(count: jax.Array) -> jax.Array:
     """Returns `count + 1`, or `count` at the largest int32."""
     return jnp.asarray(optax.safe_increment(count))
@@ -59,6 +73,11 @@ def safe_norm(view: MatrixView, x: jax.Array) -> jax.Array:
     largest = view.max(jnp.abs(x))
     unit = jnp.where(largest > 0, largest, 1)
     return unit * norm(view, x / view.expand(unit))
+
+
+def output_norms(view: MatrixView, x: jax.Array) -> jax.Array:
+    """Returns the norm of the weights of each output, with the precision of `norm`."""
+    return jnp.sqrt(view.sum(jnp.square(x), outputs=False))
 
 
 def divide_or_zero(x: jax.Array, by: jax.Array) -> jax.Array:

@@ -191,7 +191,7 @@ class Precondition:
 def per_matrix(
     rule: MatrixRule,
     settings: Preconditioner,
-    scalars: Mapping[str, ArrayLike],
+    scalars: Mapping[str, optax.ScalarOrSchedule],
     *,
     layout: _layout.Layout,
     placement: _placement.Placement | None,
@@ -201,7 +201,8 @@ def per_matrix(
     Args:
       rule: The rule.
       settings: Its settings.
-      scalars: Its hyperparameters, ``refresh`` and ``start`` among them.
+      scalars: Its hyperparameters, ``refresh`` and ``start`` among them; they may be
+        schedules.
       layout: Which axes of a leaf are the matrix.
       placement: Where leaves lie.
     """
@@ -232,7 +233,10 @@ def per_matrix(
         count = _numerics.next_count(state.count)
         if not leaves:
             return updates, PreconditionState(count, state.matrices)
-        traced = {name: jnp.asarray(value) for name, value in scalars.items()}
+        traced = {
+            name: jnp.asarray(_numerics.value_at(value, state.count))
+            for name, value in scalars.items()
+        }
         counts = tuple(_placement.matrix_counts(leaves).items())
         done, matrices = _placement.map_matrices(
             Precondition(rule, settings.stagger, counts, place.stack_size),

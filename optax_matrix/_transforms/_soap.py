@@ -7,7 +7,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from optax_matrix._transforms import _eigenbases, _numerics, _preconditioner
-from optax_matrix._transforms._eigenbases import InBases, Moments
+from optax_matrix._transforms._eigenbases import InBases, Moments, Side
 from optax_matrix._transforms._preconditioner import Scalars
 
 
@@ -34,25 +34,29 @@ class SoapRule(InBases):
         inside = self.rotated(seen, left, right)
         momentum = _eigenbases.average(state.momentum, inside, scalars["momentum"])
         variance = _eigenbases.average(
-            _variance(state), jnp.square(inside), scalars["b2"]
+            self.variance(state), jnp.square(inside), scalars["b2"]
         )
         terms = jnp.maximum(scalars["count"], 1)
         scale = jnp.sqrt(_numerics.bias_correction(scalars["b2"], terms, g))
         scale = scale / _numerics.bias_correction(scalars["momentum"], terms, g)
         eps = _numerics.as_scalar(scalars["eps"], g)
         direction = scale * momentum / (jnp.sqrt(variance) + eps)
-        if left is not None:
-            outer = self.product(g, g.T)
-            left = self.observed(left, outer, scalars["factor_b2"])
-        if right is not None:
-            outer = self.product(g.T, g)
-            right = self.observed(right, outer, scalars["factor_b2"])
-        return self.rotated_back(direction, state.left, state.right), Moments(
+        return self.rotated_back(direction, left, right), Moments(
             momentum.astype(state.momentum.dtype),
-            variance.astype(_variance(state).dtype),
-            left,
-            right,
+            variance.astype(self.variance(state).dtype),
+            *self.observed_sides(g, state, scalars),
         )
+
+    def observed_sides(
+        self, g: Array, state: Moments, scalars: Scalars
+    ) -> tuple[Side | None, Side | None]:
+        """Averages GGᵀ and GᵀG."""
+        left, right, decay = state.left, state.right, scalars["factor_b2"]
+        if left is not None:
+            left = self.observed(left, self.product(g, g.T), decay)
+        if right is not None:
+            right = self.observed(right, self.product(g.T, g), decay)
+        return left, right
 
     def refresh(self, state: Moments, scalars: Scalars, first: bool) -> Moments:
         """Refreshes both bases, and takes the moments into them."""
@@ -61,7 +65,7 @@ class SoapRule(InBases):
         right, columns = self.renewed(state.right, first, sort=True)
         if first:  # there are no moments yet
             return state._replace(left=left, right=right)
-        variance = _variance(state)
+        variance = self.variance(state)
         if rows is not None:
             variance = jnp.take(variance, rows, axis=0)
         if columns is not None:
@@ -72,7 +76,7 @@ class SoapRule(InBases):
         """Returns the FLOPs of the statistics and of the rotations there and back."""
         return _preconditioner.update_flops(m, n, self.settings.sides(m, n), 2)
 
-
-def _variance(state: Moments) -> Array:
-    assert state.variance is not None
-    return state.variance
+    def variance(self, state: Moments) -> Array:
+        """Returns the second moment, which this rule always has."""
+        assert state.variance is not None
+        return state.variance

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from optax_matrix import _check, _layout
 from optax_matrix._transforms import _arguments, _numerics
@@ -19,7 +19,7 @@ class EmaMomentumState(NamedTuple):
 
 
 def ema_momentum(
-    momentum: ArrayLike = 0.95,
+    momentum: optax.ScalarOrSchedule = 0.95,
     *,
     nesterov: bool = True,
     debias: bool = False,
@@ -38,13 +38,15 @@ def ema_momentum(
     as large).
 
     Args:
-      momentum: :math:`\beta`, in [0, 1). The default averages over about 20 steps.
+      momentum: :math:`\beta`, in [0, 1), or a schedule. The default averages over
+        about 20 steps.
       nesterov: Whether to look ahead.
       debias: Whether to divide each of the two terms by the sum of its weights,
         :math:`M_t` by :math:`1-\beta^{t+1}` and :math:`G_t` by :math:`1-\beta^t`
         (without ``nesterov``: :math:`M_t` by :math:`1-\beta^t`), as
         `optax.contrib.muon` does. With ``nesterov`` this changes the mix of the two
-        in the first steps, so it changes Muon's trajectory.
+        in the first steps, so it changes Muon's trajectory. With a schedule the
+        weights are those of its present value, as in `optax.inject_hyperparams`.
       mu_dtype: The dtype of :math:`M`: bfloat16, float32 or float64. None is float32,
         and float64 for float64 updates. bfloat16 halves the state and rounds it at
         every step.
@@ -63,38 +65,35 @@ def ema_momentum(
       Jordan et al., 2024, `Muon <https://kellerjordan.github.io/posts/muon/>`_;
       nesterov momentum in Adam's form: Dozat, 2016.
     """
-    _arguments.number("momentum", momentum, 0.0, 1.0)
+    _arguments.number_or_schedule("momentum", momentum, 0.0, 1.0)
     _check.boolean("nesterov", nesterov)
     _check.boolean("debias", debias)
     mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
 
     def init(params: optax.Params) -> EmaMomentumState:
         _layout.check_all_floating(params)
-
-        def zeros(p: jax.Array) -> jax.Array:
-            dtype = mu_dtype or _numerics.wide_dtype(p)
-            return jnp.zeros_like(p, dtype=dtype)
-
-        return EmaMomentumState(jnp.zeros((), jnp.int32), jax.tree.map(zeros, params))
+        zeros = _numerics.zero_momentum(params, mu_dtype)
+        return EmaMomentumState(jnp.zeros((), jnp.int32), zeros)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         count = _numerics.next_count(state.count)
+        decay = _numerics.value_at(momentum, state.count)
 
         def average(g: jax.Array, m: jax.Array) -> jax.Array:
             g = _numerics.wide(g)
-            return _numerics.moving_average(m.astype(g.dtype), g, momentum)
+            return _numerics.moving_average(m.astype(g.dtype), g, decay)
 
         def look_ahead(g: jax.Array, m: jax.Array) -> jax.Array:
             wide_g = _numerics.wide(g)
             if debias:
                 seen = _numerics.next_count(count) if nesterov else count
-                m = m / _numerics.bias_correction(momentum, seen, m)
+                m = m / _numerics.bias_correction(decay, seen, m)
             if not nesterov:
                 return m.astype(g.dtype)
             if debias:
-                wide_g = wide_g / _numerics.bias_correction(momentum, count, wide_g)
-            return _numerics.moving_average(m, wide_g, momentum).astype(g.dtype)
+                wide_g = wide_g / _numerics.bias_correction(decay, count, wide_g)
+            return _numerics.moving_average(m, wide_g, decay).astype(g.dtype)
 
         averages = jax.tree.map(average, updates, state.momentum)
         ahead = jax.tree.map(look_ahead, updates, averages)

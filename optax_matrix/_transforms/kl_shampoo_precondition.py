@@ -9,7 +9,7 @@ from optax_matrix._transforms._kl import KL, KLRule
 
 
 def kl_shampoo_precondition(
-    momentum: ArrayLike = 0.9,
+    momentum: optax.ScalarOrSchedule = 0.9,
     b2: ArrayLike = 0.98,
     *,
     eps: ArrayLike = 1e-8,
@@ -33,7 +33,7 @@ def kl_shampoo_precondition(
     the first update is **zero**. With exact ones this is :math:`L^{-1/2} M R^{-1/2}`.
 
     Args:
-      momentum: :math:`\beta_1`, in [0, 1).
+      momentum: :math:`\beta_1`, in [0, 1), or a schedule.
       b2: Decay of the statistics and of the eigenvalues, in [0, 1).
       eps: :math:`\epsilon`, positive.
       refresh: See `soap_precondition`.

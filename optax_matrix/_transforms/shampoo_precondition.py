@@ -218,7 +218,7 @@ def _seen(scalars: Scalars) -> Array:
 
 
 def shampoo_precondition(
-    momentum: ArrayLike | None = 0.9,
+    momentum: optax.ScalarOrSchedule | None = 0.9,
     b2: ArrayLike | None = 0.95,
     *,
     damping: ArrayLike = 1e-6,
@@ -247,7 +247,8 @@ def shampoo_precondition(
     `graft_to`.
 
     Args:
-      momentum: :math:`\beta_1`, in [0, 1). None: :math:`\hat M = G`, without state.
+      momentum: :math:`\beta_1`, in [0, 1), or a schedule. None: :math:`\hat M = G`,
+        without state.
       b2: :math:`\beta_2`, in [0, 1). None: :math:`L` and :math:`R` are plain sums.
       damping: :math:`\epsilon`, not negative, relative to the largest eigenvalue. Below
         1e-7 float32 cannot distinguish the smallest eigenvalues from rounding.
@@ -286,9 +287,10 @@ def shampoo_precondition(
       `arXiv:2309.06497 <https://arxiv.org/abs/2309.06497>`_. Differs: damping is
       relative.
     """
-    for name, value in (("momentum", momentum), ("b2", b2)):
-        if value is not None:
-            _arguments.number(name, value, 0.0, 1.0)
+    if momentum is not None:
+        _arguments.number_or_schedule("momentum", momentum, 0.0, 1.0)
+    if b2 is not None:
+        _arguments.number("b2", b2, 0.0, 1.0)
     _arguments.number("damping", damping, 0.0)
     _preconditioner.check_refresh(refresh, start)
     _check.instance("preconditioner", preconditioner, Shampoo)

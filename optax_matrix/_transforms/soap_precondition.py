@@ -6,16 +6,17 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_matrix import _check, _layout, _placement
 from optax_matrix._transforms import _arguments, _eigenbases
 from optax_matrix._transforms._eigenbases import SOAP
+from optax_matrix._transforms._kl import KL
 from optax_matrix._transforms._rule_of import rule_of
 
 
 def soap_precondition(
-    momentum: ArrayLike = 0.95,
+    momentum: optax.ScalarOrSchedule = 0.95,
     b2: ArrayLike = 0.95,
     *,
     eps: ArrayLike = 1e-8,
     refresh: ArrayLike = 10,
-    preconditioner: SOAP = SOAP(),
+    preconditioner: SOAP | KL = SOAP(),
     mu_dtype: DTypeLike | None = None,
     layout: _layout.Layout = None,
     placement: _placement.Placement | None = None,
@@ -42,7 +43,7 @@ def soap_precondition(
     in the authors' code.
 
     Args:
-      momentum: :math:`\beta_1`, in [0, 1).
+      momentum: :math:`\beta_1`, in [0, 1), or a schedule.
       b2: :math:`\beta_2`, in [0, 1).
       eps: :math:`\epsilon`, positive, in the unit of the gradient.
       refresh: Number of updates from one power step of the bases to the next, at
@@ -78,7 +79,7 @@ def soap_precondition(
       Vyas et al., 2024, SOAP, `arXiv:2409.11321 <https://arxiv.org/abs/2409.11321>`_
       and https://github.com/nikhilvyas/SOAP. Differs: weight decay is another stage.
     """
-    _check.instance("preconditioner", preconditioner, SOAP)
+    _check.instance("preconditioner", preconditioner, SOAP, KL)
     mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
     return _eigenbases.transformation(
         rule_of(preconditioner, mu_dtype),

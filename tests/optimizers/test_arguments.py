@@ -35,7 +35,7 @@ def not_negative(*more):
     return (*NO_NUMBERS, -1, np.float32(-0.5), *more)
 
 
-# Only learning rates and weight decays may be schedules.
+# Only learning rates, weight decays, momenta and strengths may be schedules.
 SCHEDULE = optax.constant_schedule(0.5)
 BAD = {
     "auxiliary": NO_TRANSFORMATIONS,
@@ -45,6 +45,7 @@ BAD = {
     "coefficients": ("nonsense", [(1.0,)], [], 3, [("3", "2", "1")]),
     "damping": not_negative(SCHEDULE),
     "debias": NO_BOOLEANS,
+    "decays": (0.9, "ab", None, (), (0.9,), ("a", "b"), (0.9, 1.0), (NAN, 0.9)),
     "direction": NO_TRANSFORMATIONS,
     "dtype": ("int8", "nonsense", 3),
     "eps": positive(SCHEDULE),
@@ -54,8 +55,10 @@ BAD = {
     "first": NO_TRANSFORMATIONS,
     "floor": not_negative(SCHEDULE),
     "graft": ("lion", 3, optax.adam, {}, True),
+    "horizon": (*NO_NUMBERS, 0.5, SCHEDULE),
     "initial": positive(SCHEDULE),
     "inner": NO_TRANSFORMATIONS,
+    "inward": not_negative(SCHEDULE),
     "learning_rate": not_negative(),
     "lower_bound": ("a", True, 0.0, 1.5, NAN, SCHEDULE),
     "magnitude": NO_TRANSFORMATIONS,
@@ -63,11 +66,14 @@ BAD = {
     "max_failures": (*NO_INTEGERS, 0),
     "max_scale": positive(SCHEDULE),
     "method": ("nonsense", 3, True, om.NewtonSchulz),
-    "momentum": in_unit(SCHEDULE),
+    "momentum": in_unit(),
     "mu_dtype": NO_DTYPES,
     "nesterov": NO_BOOLEANS,
     "normalization": ("max", 3, True),
+    "of": ("rows", 2, True),
     "orthogonalize": ("qr", 3, True, om.NewtonSchulz, om.SOAP()),
+    "outward": not_negative(SCHEDULE),
+    "per": ("row", 2, True),
     "placement": ({"kernel": jnp.ones((3, 2))}, "x", 3, jax.P("x"), om.Placement),
     "precision": ("best", 3.5),
     "precondition": NO_TRANSFORMATIONS,
@@ -83,9 +89,12 @@ BAD = {
     "start": (*NO_INTEGERS, -1, SCHEDULE),
     "step": not_negative(SCHEDULE),
     "steps": (*NO_INTEGERS, 0, jnp.int32(5)),
+    "strength": not_negative(),
     "to": ("two", 2, True),
     "variance": ("mid", True, 1),
+    "weight": (*NO_NUMBERS, -0.1, 1.1, SCHEDULE),
     "weight_decay": not_negative(),
+    "weights": (0.9, "ab", (), (0.9,), ("a", "b"), (0.9, -1.0), (NAN, 0.9)),
 }
 # Trees and functions of trees, which `init` checks against the parameters.
 CHECKED_LATER = {"layout", "routing", "weight_decay_mask"}
@@ -100,9 +109,11 @@ SETTINGS = {
 }
 REQUIRED = {
     "add_cautious_weight_decay": {"weight_decay": 0.1},
+    "ema_lookahead": {"inner": optax.identity()},
     "float32_statistics": {"inner": optax.identity()},
     "graft_to": {"magnitude": optax.identity(), "direction": optax.identity()},
     "precondition_then_orthogonalize": {"precondition": optax.identity()},
+    "tail_average": {"inner": optax.identity(), "start": 1},
     "switch_at": {"step": 1, "first": optax.identity(), "second": optax.identity()},
     "NewtonSchulz": {"coefficients": "polar_express"},
 }

@@ -99,6 +99,33 @@ def test_momentum_has_mu_dtype(name, settings, count):
     assert (off > 0) == (count > 0 and name != "adamuon")
 
 
+SLOW_MOMENTA = {"kl_soap", "soap_muon", "distributed_shampoo", "muonw", "normuon"}
+
+
+def warming(count):
+    """A schedule of the momentum that changes in every update."""
+    return 0.5 + 0.1 * jnp.minimum(count, 4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.slow] if n in SLOW_MOMENTA else [])
+        for n in OPTIMIZERS
+    ],
+)
+def test_the_momentum_may_be_a_schedule(name):
+    params = {"kernel": problems.normal((5, 4)), "bias": problems.normal((4,), 1)}
+    got, _ = trained(OPTIMIZERS[name](0.02, momentum=warming), params)
+    injected = optax.inject_hyperparams(OPTIMIZERS[name])(0.02, momentum=warming)
+    want, _ = trained(injected, params)
+    plain, _ = trained(OPTIMIZERS[name](0.02, momentum=0.5), params)
+    np.testing.assert_allclose(got["kernel"], want["kernel"], rtol=1e-5, atol=1e-6)
+    assert np.abs(got["kernel"] - plain["kernel"]).max() > 1e-4
+    with pytest.raises(ValueError, match="`momentum` must lie"):
+        OPTIMIZERS[name](momentum=1.0)
+
+
 SPHERES = {"muonh", "adamh"}
 
 

@@ -38,6 +38,28 @@ def momenta(grads, beta, nesterov=True, debias=False):
     return np.stack(out)
 
 
+def scheduled_momenta(grads, betas):
+    """Muon's momentum with a decay of its own for each gradient."""
+    m, out = 0.0, []
+    for g, beta in zip(np.asarray(grads, np.float64), betas, strict=True):
+        m = beta * m + (1 - beta) * g
+        out.append(beta * m + (1 - beta) * g)
+    return np.stack(out)
+
+
+def mixed_momenta(grads, decays, weights, mu):
+    """K-Maxwell momentum; `weights` and `mu` have a row per gradient."""
+    grads = np.asarray(grads, np.float64)
+    ages = np.subtract.outer(np.arange(len(grads)), np.arange(len(grads)))
+    kernels = [
+        np.where(ages >= 0, (1 - d) * d ** np.maximum(ages, 0), 0.0) for d in decays
+    ]
+    kernel = np.einsum("tk,kts->ts", np.asarray(weights), np.stack(kernels))
+    mixture = np.einsum("ts,s...->t...", kernel, grads)
+    mu = np.asarray(mu).reshape(-1, *[1] * (grads.ndim - 1))
+    return mu * mixture + (1 - mu) * grads
+
+
 def spectral(shape):
     """Muon's factor of the shape."""
     inputs, outputs = shape

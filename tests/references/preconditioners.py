@@ -197,6 +197,42 @@ def soap(
     return np.stack(out)
 
 
+def schatten4(x):
+    """The fourth root of the sum of the singular values' fourth powers."""
+    return (np.linalg.svd(x, compute_uv=False) ** 4).sum() ** 0.25
+
+
+def whitened_momentum(grads, *, mus, b2, eps=1e-8, refresh=1, first_bases=None):
+    """The "SOAP-Muon" of modded-nanogpt's record 46, before Newton-Schulz.
+
+    `mus` has the momentum for each gradient. Statistics are of the raw gradient and
+    include it from the next update on.
+    """
+    given_l, given_r = (None, None) if first_bases is None else first_bases
+    m, v, stat_l, stat_r, out = 0.0, 0.0, 0.0, 0.0, []
+    ql = qr = None
+    for s, (g, mu) in enumerate(zip(np.asarray(grads, np.float64), mus, strict=True)):
+        m = mu * m + (1 - mu) * g
+        u = mu * m + (1 - mu) * g
+        if ql is None:
+            out.append(u)
+        else:
+            p = rotated_in(u, ql, qr)
+            v = b2 * v + (1 - b2) * p**2
+            white = rotated_back(p / np.sqrt(np.maximum(v, eps**2)), ql, qr)
+            out.append(white * schatten4(u) / schatten4(white))
+        stat_l = b2 * stat_l + (1 - b2) * g @ g.T
+        stat_r = b2 * stat_r + (1 - b2) * g.T @ g
+        if ql is None:
+            ql, qr = first_basis(stat_l, given_l), first_basis(stat_r, given_r)
+        elif s % refresh == 0:
+            rows, columns = descending(stat_l, ql), descending(stat_r, qr)
+            v = v[rows][:, columns]
+            ql = next_basis(stat_l, ql[:, rows])
+            qr = next_basis(stat_r, qr[:, columns])
+    return np.stack(out)
+
+
 # One side of the KL forms: the statistic L or R, its basis Q, and the estimated
 # inverse square roots h of its eigenvalues.
 Side = collections.namedtuple("Side", ["stat", "q", "h"])

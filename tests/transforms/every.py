@@ -9,11 +9,13 @@ import optax_matrix as om
 
 MADE = {
     "add_cautious_weight_decay": lambda: om.add_cautious_weight_decay(0.1),
+    "ema_lookahead": lambda: om.ema_lookahead(om.ema_momentum()),
     "float32_statistics": lambda: om.float32_statistics(optax.scale_by_adam()),
     "graft_to": lambda: om.graft_to(om.ema_momentum(), om.normalize_frobenius()),
     "precondition_then_orthogonalize": lambda: om.precondition_then_orthogonalize(
         om.soap_precondition()
     ),
+    "tail_average": lambda: om.tail_average(om.ema_momentum(), start=1),
     "switch_at": lambda: om.switch_at(1, om.match_rms(), om.ema_momentum()),
 }
 

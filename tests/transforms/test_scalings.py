@@ -1,4 +1,4 @@
-"""match_rms, normalize_frobenius, scale_by_shape, floor_update_ratio, scale_by_sign."""
+"""Stages that scale an update, or its inputs and outputs, without state."""
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ def test_match_rms_and_normalize_follow_their_formulas(shape, dtype, rtol):
     np.testing.assert_allclose(once(om.normalize_frobenius(), u), unit, **tolerance)
     got = once(om.normalize_frobenius("param"), u, w)
     np.testing.assert_allclose(got, np.linalg.norm(w64) * unit, **tolerance)
+    got = once(om.normalize_frobenius("orthogonal"), u)
+    np.testing.assert_allclose(got, np.sqrt(min(shape)) * unit, **tolerance)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -49,7 +51,13 @@ def test_every_matrix_of_a_stack_has_its_own_norm():
         om.match_rms(),
         om.normalize_frobenius(),
         om.normalize_frobenius("param"),
+        om.normalize_frobenius("orthogonal"),
         om.floor_update_ratio(),
+        om.floor_update_ratio(per="output"),
+        om.equalize_norms(),
+        om.equalize_norms("both"),
+        om.radial_brake(),
+        om.radial_retract(),
     ],
 )
 def test_zero_and_nan_stay_in_their_matrix(tx):
@@ -132,7 +140,9 @@ def test_none_returns_updates_unchanged():
 def test_names_the_bad_argument():
     with pytest.raises(ValueError, match=r"`rms` must lie in \(0, inf\), got 0"):
         om.match_rms(0)
-    with pytest.raises(ValueError, match="`to` must be one of 'one', 'param', got 2"):
+    with pytest.raises(
+        ValueError, match="`to` must be one of 'one', 'param', 'orthogonal', got 2"
+    ):
         om.normalize_frobenius(2)
     with pytest.raises(ValueError, match=r"`shape_scale` must be one of .*got 'muon'"):
         om.scale_by_shape("muon")
@@ -170,3 +180,58 @@ def test_missing_params_are_asked_for_by_name(tx, name):
 def test_a_leaf_that_is_no_matrix_raises_at_init_with_its_path(tx):
     with pytest.raises(ValueError, match=r"'a/b'.*\(3,\)"):
         tx.init({"a": {"b": jnp.ones(3)}})
+
+
+def fused(x):
+    """The three matrices of a (4, 3·2) leaf, side by side."""
+    return np.split(np.asarray(x, np.float64), 3, axis=1)
+
+
+FUSED = om.MatrixLayout(split_outputs=3)
+
+
+def test_the_floor_per_output_lengthens_the_weights_of_short_outputs():
+    u = problems.normal((3, 4, 5)) * jnp.logspace(-3, 1, 5)[None, None]
+    w = problems.normal((3, 4, 5), 1)
+    got = once(om.floor_update_ratio(0.4, per="output"), u, w)
+    for mine, update, weight in zip(got, u, w, strict=True):
+        update, weight = np.asarray(update, np.float64), np.asarray(weight, np.float64)
+        lengths = np.linalg.norm(update, axis=0)
+        least = 0.4 * np.linalg.norm(weight, axis=0)
+        assert (lengths < least).any() and (lengths > least).any()
+        want = update * np.maximum(1, least / lengths)
+        np.testing.assert_allclose(mine, want, rtol=1e-5)
+    with pytest.raises(ValueError, match="`per` must be one of 'matrix', 'output'"):
+        om.floor_update_ratio(per="row")
+
+
+def equalized(u, of):
+    inputs, outputs = np.linalg.norm(u, axis=1), np.linalg.norm(u, axis=0)
+    if of != "inputs":
+        u = u / outputs
+    if of != "outputs":
+        u = u / inputs[:, None]
+    return u
+
+
+@pytest.mark.parametrize("of", ["outputs", "inputs", "both"])
+def test_equalized_norms_follow_their_formula(of):
+    u = problems.normal((4, 6)) * jnp.logspace(-2, 1, 6)[None]
+    tx, blocks = om.equalize_norms(of), om.equalize_norms(of, layout=FUSED)
+    for got, update in (
+        (once(tx, u), u),
+        *zip(fused(once(blocks, u)), fused(u), strict=True),
+    ):
+        update = np.asarray(update, np.float64)
+        want = equalized(update, of)
+        want *= np.linalg.norm(update) / np.linalg.norm(want)
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    with pytest.raises(ValueError, match="`of` must be one of 'outputs'"):
+        om.equalize_norms("rows")
+
+
+def test_an_output_that_is_zero_stays_zero():
+    u = problems.normal((4, 3)).at[:, 1].set(0)
+    got = once(om.equalize_norms("both"), u)
+    assert (got[:, 1] == 0).all()
+    np.testing.assert_allclose(np.linalg.norm(got), np.linalg.norm(u), rtol=1e-6)

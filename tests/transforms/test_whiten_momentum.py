@@ -1,0 +1,63 @@
+"""whiten_momentum: the rule of the modded-nanogpt record, and what differs in SOAP."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optax_matrix as om
+from tests import problems
+from tests.references import optimizers
+from tests.references import preconditioners as reference
+from tests.transforms import histories
+
+MU = np.concatenate([np.linspace(0.85, 0.95, 10), np.linspace(0.95, 0.85, 20)])
+
+
+def first_bases(state, shape, i):
+    own = state.matrices["x".join(map(str, shape))].state
+    return own.left.basis[0, i], own.right.basis[0, i]
+
+
+@pytest.mark.parametrize(
+    "given, settings",
+    [
+        ({}, {}),
+        ({"momentum": lambda c: jnp.asarray(MU)[c], "refresh": 3}, {"mus": MU}),
+        ({"momentum": 0.8, "b2": 0.7, "eps": 0.3}, {"b2": 0.7, "eps": 0.3}),
+    ],
+    ids=["record", "scheduled", "other"],
+)
+def test_matches_float64_reference(given, settings):
+    grads = histories.gradients(histories.SHAPES)
+    got, state = histories.of(om.whiten_momentum(**given), grads)
+    momentum = given.get("momentum", 0.95)
+    settings = {"mus": np.full(histories.STEPS, momentum), "b2": 0.9} | settings
+    settings["refresh"] = given.get("refresh", 1)
+    count = dict.fromkeys(grads, 0)
+    for name, found, own in histories.pairs(got, grads):
+        bases = first_bases(state, own.shape[1:], count[name])
+        count[name] += 1
+        want = reference.whitened_momentum(own, first_bases=bases, **settings)
+        histories.close(found, want, 1e-6 if "mus" in given else 1e-7, name)
+
+
+def test_the_first_update_is_the_momentum():
+    grads = histories.gradients({"w": (5, 4)}, 1)
+    got, _ = histories.of(om.whiten_momentum(), grads)
+    want = optimizers.momenta(grads["w"], 0.95)
+    np.testing.assert_allclose(got["w"], want, rtol=1e-12)
+
+
+def test_settings_of_the_kl_rule_raise():
+    with pytest.raises(TypeError, match="`preconditioner` must be a `SOAP`"):
+        om.whiten_momentum(preconditioner=om.KL())  # type: ignore
+
+
+def test_a_failed_refresh_keeps_the_last_good_bases():
+    tx = om.whiten_momentum()
+    good, bad = problems.normal((4, 3)), jnp.full((4, 3), jnp.nan)
+    _, state = tx.update(good, tx.init(good))
+    _, after = tx.update(bad, state)
+    own = [s.matrices["4x3"].state.left for s in (state, after)]
+    np.testing.assert_array_equal(own[0].basis, own[1].basis)
+    assert own[1].health.failures[0] == 1
