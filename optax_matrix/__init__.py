@@ -17,10 +17,12 @@ from optax_matrix._optimizers import (
     muon,
     muonh,
     muonw,
+    nanochat_muon,
     normuon,
     shampoo,
     soap,
     soap_muon,
+    track3,
 )
 from optax_matrix._placement import Placement, relay_state
 from optax_matrix._routing import describe, partition, route
@@ -100,6 +102,7 @@ __all__ = [
     "muon",
     "muonh",
     "muonw",
+    "nanochat_muon",
     "normalize_frobenius",
     "normuon",
     "orthogonalize",
@@ -123,6 +126,7 @@ __all__ = [
     "soap_precondition",
     "switch_at",
     "tail_average",
+    "track3",
     "tree_map",
     "whiten_momentum",
 ]

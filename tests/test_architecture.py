@@ -238,5 +238,6 @@ def test_registry_names_the_whole_ladder():
         *("sign_sgd", "lion"),
         *("muon", "muonw", "muonh", "adamh", "adamuon", "normuon", "hopper"),
         *("shampoo", "distributed_shampoo", "soap", "kl_soap", "soap_muon"),
+        *("nanochat_muon", "track3"),
     ]
     assert om.OPTIMIZERS["adamw"] is optax.adamw

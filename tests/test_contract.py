@@ -71,15 +71,26 @@ STRUCTURAL = {
 }
 # The learning rate of the auxiliary AdamW over that of the matrices, where it is not 1.
 FACTORS = dict.fromkeys(
-    ("adamh", "muon", "muonh", "muonw", "normuon", "soap_muon"), 0.15
+    (
+        "adamh",
+        "muon",
+        "muonh",
+        "muonw",
+        "normuon",
+        "soap_muon",
+        "track3",
+        "nanochat_muon",
+    ),
+    0.15,
 )
-SPHERES = {"muonh", "adamh"}
+RETRACTED = {"muonh", "adamh", "track3"}
+DECAYING = {"muonw", "add_cautious_weight_decay", "soap", "kl_soap", "nanochat_muon"}
 # Long to compile, and made of stages that others here have as well (adamuon those of
 # hopper, adamh of muonh, normuon of muon); of preconditioners one is not slow.
 SLOW = {
     *("kl_soap_precondition", "kl_shampoo_precondition", "shampoo_precondition"),
     *("kl_soap", "soap", "soap_muon", "shampoo", "distributed_shampoo"),
-    *("adamh", "adamuon", "muonw", "normuon"),
+    *("track3", "nanochat_muon", "adamh", "adamuon", "muonw", "normuon"),
     *("orthogonalize_exact", "precondition_then_orthogonalize"),
 }
 
@@ -119,8 +130,8 @@ def tree(name, dtype="float32", seed=0):
 
 
 def has_bases(name):
-    """Whether the first gradient gives eigenbases, and a zero update."""
-    return "soap" in name or "kl_" in name
+    """Whether the first gradient gives eigenbases, for the updates after it."""
+    return "soap" in name or "kl_" in name or name in {"whiten_momentum", "track3"}
 
 
 def started(name, params, tx=None):
@@ -230,7 +241,7 @@ def test_zero_gradients_give_finite_updates(name):
         got, state = update(zeros, state, params)
         chex.assert_tree_all_finite((got, state))
     # A zero gradient moves nothing but what decays.
-    if name not in {"muonw", "add_cautious_weight_decay", "soap", "kl_soap"}:
+    if name not in DECAYING:
         chex.assert_trees_all_close(got, zeros, atol=1e-6)
 
 
@@ -308,7 +319,7 @@ def test_injected_hyperparameters_act_like_plain_ones(name):
         want, plain_state = update(params, plain_state, params)
         if name not in OPTIMIZERS or count < 2:
             assert_close(got, want)
-    if name in SPHERES:
+    if name in RETRACTED:
         # Ends that are retracted onto a sphere are not quite twice as far.
         lengths = [jnp.linalg.norm(u["tall"]["kernel"]) for u in (want, got)]
         assert float(lengths[1] / lengths[0]) == pytest.approx(2, rel=0.1)

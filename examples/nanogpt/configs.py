@@ -41,6 +41,8 @@ LEARNING_RATES = {
     "soap": 4e-3,
     "kl_soap": 4e-3,
     "soap_muon": 0.03,
+    "nanochat_muon": 0.06,
+    "track3": 0.0375,
 }
 
 

@@ -3,6 +3,7 @@
 from optax_matrix._optimizers.hopper import adamuon, hopper
 from optax_matrix._optimizers.hyperball import adamh, muonh
 from optax_matrix._optimizers.muon import muon, muonw
+from optax_matrix._optimizers.nanochat import nanochat_muon
 from optax_matrix._optimizers.normuon import normuon
 from optax_matrix._optimizers.registry import (
     MATRIX_OPTIMIZERS,
@@ -11,6 +12,7 @@ from optax_matrix._optimizers.registry import (
 )
 from optax_matrix._optimizers.shampoo import distributed_shampoo, shampoo
 from optax_matrix._optimizers.soap import kl_soap, soap, soap_muon
+from optax_matrix._optimizers.track3 import track3
 
 __all__ = [
     "MATRIX_OPTIMIZERS",
@@ -24,8 +26,10 @@ __all__ = [
     "muon",
     "muonh",
     "muonw",
+    "nanochat_muon",
     "normuon",
     "shampoo",
     "soap",
     "soap_muon",
+    "track3",
 ]

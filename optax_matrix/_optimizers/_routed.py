@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _check, _layout, _routing, _transforms
-from optax_matrix._transforms import _arguments
+from optax_matrix._transforms import _arguments, _numerics
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,7 +57,7 @@ def routed(
     matrix(None)  # The stages check their arguments now, not at `init`.
     if auxiliary is None:
         rate = auxiliary_learning_rate
-        rate = scaled(learning_rate, factor) if rate is None else rate
+        rate = product(learning_rate, factor) if rate is None else rate
         # As in nanoGPT and its successors; 0.999 forgets too slowly for short runs.
         auxiliary = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.0)
     else:
@@ -70,13 +70,13 @@ def routed(
     return _routing.partition(matrix, auxiliary, routing)
 
 
-def scaled(
-    learning_rate: optax.ScalarOrSchedule, factor: float
+def product(
+    a: optax.ScalarOrSchedule, b: optax.ScalarOrSchedule
 ) -> optax.ScalarOrSchedule:
-    """Returns a learning rate or a schedule times a factor."""
-    if callable(learning_rate):
-        return lambda count: factor * learning_rate(count)
-    return factor * learning_rate
+    """Returns the product of two numbers or schedules."""
+    if callable(a) or callable(b):
+        return lambda count: _numerics.value_at(a, count) * _numerics.value_at(b, count)
+    return a * b
 
 
 def check_rates(learning_rate: Any, weight_decay: Any) -> None:

@@ -1,4 +1,4 @@
-"""All optimizers by name, from SGD to SOAP-Muon."""
+"""All optimizers by name, from SGD to the record of modded-nanogpt."""
 
 import types
 from collections.abc import Callable, Mapping
@@ -9,9 +9,11 @@ import optax
 from optax_matrix._optimizers.hopper import adamuon, hopper
 from optax_matrix._optimizers.hyperball import adamh, muonh
 from optax_matrix._optimizers.muon import muon, muonw
+from optax_matrix._optimizers.nanochat import nanochat_muon
 from optax_matrix._optimizers.normuon import normuon
 from optax_matrix._optimizers.shampoo import distributed_shampoo, shampoo
 from optax_matrix._optimizers.soap import kl_soap, soap, soap_muon
+from optax_matrix._optimizers.track3 import track3
 
 Factory = Callable[..., optax.GradientTransformation]
 
@@ -62,6 +64,8 @@ _MATRIX: Mapping[str, Factory] = {
         soap,
         kl_soap,
         soap_muon,
+        nanochat_muon,
+        track3,
     )
 }
 

@@ -8,7 +8,10 @@ from optax_matrix._transforms._preconditioner import (
     PreconditionState,
 )
 from optax_matrix._transforms._rule_of import rule_of
-from optax_matrix._transforms.add_cautious_weight_decay import add_cautious_weight_decay
+from optax_matrix._transforms.add_cautious_weight_decay import (
+    AddCautiousWeightDecayState,
+    add_cautious_weight_decay,
+)
 from optax_matrix._transforms.ema_lookahead import EmaLookaheadState, ema_lookahead
 from optax_matrix._transforms.ema_momentum import EmaMomentumState, ema_momentum
 from optax_matrix._transforms.equalize_norms import equalize_norms
@@ -54,6 +57,7 @@ from optax_matrix._transforms.whiten_momentum import whiten_momentum
 __all__ = [
     "KL",
     "SOAP",
+    "AddCautiousWeightDecayState",
     "EmaLookaheadState",
     "EmaMomentumState",
     "GraftToState",

@@ -26,7 +26,7 @@ def as_scalar(value: ArrayLike, like: jax.Array) -> jax.Array:
     return jnp.asarray(value, like.dtype)
 
 
-def value_at(value: optax.ScalarOrSchedule, count: jax.Array) -> ArrayLike:
+def value_at(value: optax.ScalarOrSchedule, count: Any) -> ArrayLike:
     """Returns a hyperparameter after `count` updates, which may be a schedule."""
     return value(count) if callable(value) else value
 

@@ -1,5 +1,7 @@
 """Weight decay on the entries that the update shrinks."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,8 +11,14 @@ from optax_matrix import _check, _layout
 from optax_matrix._transforms import _arguments, _numerics
 
 
+class AddCautiousWeightDecayState(NamedTuple):
+    """State of `add_cautious_weight_decay`, if the decay is a schedule."""
+
+    count: jax.Array  # int32, updates seen so far
+
+
 def add_cautious_weight_decay(
-    weight_decay: ArrayLike,
+    weight_decay: optax.ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds the decayed parameter to the update where both have the same sign.
 
@@ -23,11 +31,13 @@ def add_cautious_weight_decay(
     and only those entries decay. Wrap it in `optax.masked` to exclude leaves.
 
     Args:
-      weight_decay: :math:`\lambda`, not negative, per unit of learning rate.
+      weight_decay: :math:`\lambda`, not negative, per unit of learning rate; or a
+        schedule.
 
     Returns:
-      A transformation without state that needs ``params``, for leaves of any shape.
-      Updates keep their shape and dtype.
+      A transformation that needs ``params``, for leaves of any shape. Updates keep
+      their shape and dtype. There is no state, or with a schedule the number of
+      updates.
 
     Raises:
       ValueError: At construction, if ``weight_decay`` is a negative number; in
@@ -37,22 +47,28 @@ def add_cautious_weight_decay(
       Chen et al., 2025, Cautious Weight Decay,
       `arXiv:2510.12402 <https://arxiv.org/abs/2510.12402>`_.
     """
-    _arguments.number("weight_decay", weight_decay, 0.0)
+    _arguments.number_or_schedule("weight_decay", weight_decay, 0.0)
 
-    def init(params: optax.Params) -> optax.EmptyState:
+    def init(params: optax.Params) -> optax.EmptyState | AddCautiousWeightDecayState:
         _layout.check_all_floating(params)
-        return optax.EmptyState()
+        if not callable(weight_decay):
+            return optax.EmptyState()
+        return AddCautiousWeightDecayState(jnp.zeros((), jnp.int32))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
         _check.params_given(params, "add_cautious_weight_decay")
+        strength: ArrayLike = weight_decay  # pyright: ignore
+        if callable(weight_decay):
+            strength = weight_decay(state.count)
+            state = AddCautiousWeightDecayState(_numerics.next_count(state.count))
 
         def decay(u: jax.Array, p: jax.Array) -> jax.Array:
             wide, p = _numerics.wide(u), p.astype(_numerics.wide_dtype(u))
             # Signs, not the product: that underflows to 0 and would let it decay.
             shrinks = jnp.sign(wide) * jnp.sign(p) >= 0
-            strength = _numerics.as_scalar(weight_decay, wide)
-            return (wide + jnp.where(shrinks, strength * p, 0)).astype(u.dtype)
+            decayed = _numerics.as_scalar(strength, wide) * p
+            return (wide + jnp.where(shrinks, decayed, 0)).astype(u.dtype)
 
         return jax.tree.map(decay, updates, params), state
 

@@ -56,7 +56,8 @@ def test_schedules_drive_both():
     )
 
 
-SLOW = {"kl_soap", "soap_muon", "distributed_shampoo"}  # as soap, muon and shampoo
+# As soap, muon and shampoo.
+SLOW = {"kl_soap", "soap_muon", "nanochat_muon", "track3", "distributed_shampoo"}
 
 
 @pytest.mark.parametrize(

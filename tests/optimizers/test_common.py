@@ -62,6 +62,7 @@ MOMENTS = dict.fromkeys(OPTIMIZERS, 1) | {
     "soap": 2,
     "kl_soap": 2,
     "soap_muon": 2,
+    "track3": 2,
     # Its own momentum and that of the Adam that it is grafted to.
     "shampoo": 2,
     "distributed_shampoo": 2,
@@ -126,7 +127,8 @@ def test_the_momentum_may_be_a_schedule(name):
         OPTIMIZERS[name](momentum=1.0)
 
 
-SPHERES = {"muonh", "adamh"}
+# Their decay is not that of `optax.add_decayed_weights`, or is followed by others.
+OWN_DECAY = {"muonh", "adamh", "track3", "nanochat_muon"}
 
 
 def five_rows(tree):
@@ -154,7 +156,7 @@ def test_weight_decay_mask_says_which_matrices_decay(name, mask):
     np.testing.assert_array_equal(some["stays"]["kernel"], none["stays"]["kernel"])
     np.testing.assert_array_equal(some["decays"]["kernel"], both["decays"]["kernel"])
     np.testing.assert_array_equal(some["decays"]["bias"], none["decays"]["bias"])
-    if name in SPHERES:
+    if name in OWN_DECAY:
         assert jnp.abs(some["decays"]["kernel"] - none["decays"]["kernel"]).max() > 1e-3
     else:
         want = none["decays"]["kernel"] - 0.5 * 0.1 * kernel
@@ -177,7 +179,8 @@ def test_weight_decay_may_be_a_schedule():
         np.testing.assert_allclose(got["kernel"], want, rtol=1e-5, atol=1e-6)
 
 
-SPECTRAL = {"muon", "muonw", "normuon", "muonh", "adamh", "soap_muon"}
+SPECTRAL = {"muon", "muonw", "normuon", "muonh", "adamh", "soap_muon", "track3"}
+SPECTRAL |= {"nanochat_muon"}
 FACTORS = [(name, {}, 0.15 if name in SPECTRAL else 1.0) for name in OPTIMIZERS]
 FACTORS += [
     (name, {"shape_scale": "rms"}, 1.0)

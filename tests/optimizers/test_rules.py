@@ -11,6 +11,13 @@ from tests import problems
 from tests.references import optimizers as reference
 
 STEPS = 25
+
+
+def fading(count):
+    """A schedule of the weight decay; powers of two are exact in float32."""
+    return 0.25 * 0.5 ** (count // 8)
+
+
 CASES = {
     "muon": (om.muon, reference.muon, {}),
     "muon without look-ahead": (
@@ -19,6 +26,11 @@ CASES = {
         {"nesterov": False},
     ),
     "muonw": (om.muonw, reference.muon, {"weight_decay": 0.01}),
+    "nanochat_muon": (
+        lambda lr: om.nanochat_muon(lr, weight_decay=fading),
+        reference.nanochat_muon,
+        {"decays": [float(fading(t)) for t in range(STEPS)]},
+    ),
     "muonh": (om.muonh, reference.muonh, {}),
     "adamh": (om.adamh, reference.adamh, {}),
     "normuon": (om.normuon, reference.normuon, {}),

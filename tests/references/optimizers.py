@@ -162,3 +162,60 @@ def hopper(w, grads, lr, steps=1, variance="post", rms=0.2, eps=1e-8):
         adam = adam_directions(grads, 0.9, 0.999, eps)
         directions = [newton_schulz(u, steps) for u in adam]
     return descend(w, [with_rms(d, rms) for d in directions], lr)
+
+
+def track3(w, directions, rates, *, outward=0.5, floor=0.3825, weight_decay=0.025):
+    """The step of modded-nanogpt's record 46, given the whitened momenta.
+
+    From the released script, which has rows for the outputs; here they are columns.
+    """
+    w, out = np.asarray(w, np.float64), []
+    for d, rate in zip(directions, rates, strict=True):
+        x = d / (np.linalg.svd(d, compute_uv=False) ** 4).sum() ** 0.25
+        for _ in range(12):
+            gram = x @ x.T
+            x = 2 * x + (-1.5 * gram + 0.5 * gram @ gram) @ x
+        u = x * spectral(w.shape)
+        along = (u * w).sum() / (w * w).sum() * w
+        if (u * w).sum() < 0:
+            u = u - along + outward * along
+        lengths = np.linalg.norm(u, axis=0)
+        u = u * np.maximum(1, floor * np.linalg.norm(w, axis=0) / lengths)
+        radius = np.linalg.norm(w) - rate * (u * w).sum() / np.linalg.norm(w)
+        shrinks = u * w > 0
+        w = w - rate * u
+        w = w * radius / np.linalg.norm(w)
+        w = np.where(shrinks, (1 - rate * weight_decay) * w, w)
+        out.append(w)
+    return np.stack(out)
+
+
+NANOCHAT = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def nanochat_muon(w, grads, rate, decays, beta=0.95, b2=0.9):
+    """nanochat/optim.py with columns for the outputs; v is always per output.
+
+    `decays` has the weight decay of each step.
+    """
+    w, v, out = np.asarray(w, np.float64), 0.0, []
+    for u, decay in zip(momenta(grads, beta), decays, strict=True):
+        lengths = np.linalg.norm(u, axis=0)
+        x = u * np.linalg.norm(u) / np.sqrt(u.shape[1]) / lengths
+        x = x / np.linalg.norm(x) / 1.01
+        for a, b, c in NANOCHAT:
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        x = x * np.sqrt(min(x.shape)) / np.linalg.norm(x)
+        v = b2 * v + (1 - b2) * (x**2).mean(axis=0)
+        d = x / np.sqrt(v)
+        d = d * np.linalg.norm(x) / np.linalg.norm(d)
+        w = w - rate * spectral(w.shape) * (d + decay * w * (d * w >= 0))
+        out.append(w)
+    return np.stack(out)

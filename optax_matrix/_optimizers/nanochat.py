@@ -1,0 +1,97 @@
+"""The Muon of nanochat: equalized, orthogonalized, rescaled, with cautious decay."""
+
+from typing import Any
+
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_matrix import _layout, _linalg, _placement, _routing, _transforms
+from optax_matrix._optimizers import _routed
+
+# Polar Express for five steps, by nanochat's safety factor and cushion; it divides the
+# matrix by 1.01, which is part of the first row here.
+_ROWS = (
+    (
+        8.156554524902461 / 1.01,
+        -22.48329292557795 / 1.01**3,
+        15.878769915207462 / 1.01**5,
+    ),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+@_routed.documented("0.15")
+def nanochat_muon(
+    learning_rate: optax.ScalarOrSchedule = 0.02,
+    *,
+    momentum: optax.ScalarOrSchedule = 0.95,
+    orthogonalize: str | _linalg.PolarMethod | None = _linalg.NewtonSchulz(
+        5, coefficients=_ROWS
+    ),
+    b2: ArrayLike = 0.9,
+    eps: ArrayLike = 1e-10,
+    weight_decay: optax.ScalarOrSchedule = 0.28,
+    weight_decay_mask: Any = None,
+    mu_dtype: DTypeLike | None = None,
+    routing: _routing.Routing = None,
+    placement: _placement.Placement | None = None,
+    auxiliary: optax.GradientTransformation | None = None,
+    auxiliary_learning_rate: optax.ScalarOrSchedule | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""nanochat's Muon: MuonEq, Polar Express, Muon+, NorMuon and cautious decay.
+
+    With :math:`U` the momentum of `muon`, :math:`E` of `equalize_norms`, :math:`N` of
+    `scale_by_neuron_variance`, and :math:`PE_5` five steps of Polar Express,
+
+    .. math::
+      O = PE_5(E(U)), \quad
+      D = N\!\left(O \sqrt{\min(in, out)} / \|O\|_F\right), \quad
+      W \leftarrow W - \eta \sqrt{\max(1, out/in)}
+        \left( D + \lambda [D \odot W \ge 0] \odot W \right).
+
+    Args:
+      learning_rate: :math:`\eta`, see `muon`.
+      momentum: See `muon`.
+      orthogonalize: See `muon`.
+      b2: :math:`\beta_2` of the running RMS, in [0, 1).
+      eps: :math:`\epsilon`, positive, see `scale_by_neuron_variance`.
+      <common arguments>
+
+    Returns:
+      An optimizer that needs ``params``. The state is one float32 array per hidden
+      matrix and one number per output neuron, and that of the auxiliary optimizer.
+
+    Raises:
+      ValueError: As `muon`.
+      TypeError: As `muon`.
+
+    References:
+      https://github.com/karpathy/nanochat, ``nanochat/optim.py`` of 2026-07-03.
+      Differs: the running RMS is always that of the outputs, as in NorMuon; nanochat
+      takes that of the inputs where there are more of them. It schedules the momentum
+      and decays ``weight_decay`` to 0, and multiplies in bfloat16.
+    """
+    _routed.check_rates(learning_rate, weight_decay)
+
+    def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
+        decay = _transforms.add_cautious_weight_decay(weight_decay)
+        if weight_decay_mask is not None:
+            decay = optax.masked(decay, weight_decay_mask)
+        return optax.chain(
+            _transforms.ema_momentum(momentum, mu_dtype=mu_dtype),
+            _transforms.equalize_norms("outputs", layout=layout),
+            _transforms.orthogonalize(
+                orthogonalize, layout=layout, placement=placement
+            ),
+            _transforms.normalize_frobenius("orthogonal", layout=layout),
+            _transforms.scale_by_neuron_variance(b2, eps=eps, layout=layout),
+            decay,
+            _transforms.scale_by_shape("spectral", layout=layout),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    rates = (learning_rate, 0.15, auxiliary_learning_rate)
+    return _routed.routed(matrix, routing, auxiliary, *rates)
