@@ -2,6 +2,7 @@
 
 from optax_matrix import diagnostics
 from optax_matrix._accounting import describe_placement, describe_state
+from optax_matrix._curvature import hessian_vector_product, newton_step
 from optax_matrix._evaluation import evaluation_params
 from optax_matrix._layout import MatrixLayout, MatrixView, tree_map
 from optax_matrix._linalg import Exact, Halley, NewtonSchulz, PolarMethod
@@ -91,6 +92,7 @@ __all__ = [
     "float32_statistics",
     "floor_update_ratio",
     "graft_to",
+    "hessian_vector_product",
     "hopper",
     "hyperball_retract",
     "kl_shampoo_precondition",
@@ -103,6 +105,7 @@ __all__ = [
     "muonh",
     "muonw",
     "nanochat_muon",
+    "newton_step",
     "normalize_frobenius",
     "normuon",
     "orthogonalize",

@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_matrix import _layout, _mesh, _paths
+from optax_matrix import _curvature, _layout, _mesh, _paths
+from optax_matrix._curvature import Curvature
 from optax_matrix._transforms import Health, _numerics
 
 __all__ = [
     "check_refreshes",
+    "largest_curvature",
     "orthogonality_error",
     "participation_ratio",
     "refreshes",
@@ -236,6 +238,36 @@ def signal_to_noise(first: Any, second: Any, *, eps: ArrayLike = 1e-30) -> Any:
         return jnp.abs(m) * jax.lax.rsqrt(v + _numerics.as_scalar(eps, v))
 
     return jax.tree.map(ratio, first, second)
+
+
+def largest_curvature(
+    loss: Callable[..., jax.Array], params: Any, *, key: jax.Array, steps: int = 20
+) -> Curvature:
+    """Estimates the largest and the smallest eigenvalue of a loss's Hessian.
+
+    Lanczos iterations from a random vector, with full reorthogonalization. Gradient
+    descent on a quadratic diverges at learning rates above 2 over the largest one.
+
+    Args:
+      loss: A function of the parameters that returns a number.
+      params: The parameters, a tree of real floating arrays.
+      key: For the random vector.
+      steps: The number of iterations, at least 1. Each takes a Hessian-vector product,
+        about two gradients, and keeps a copy of the parameters.
+
+    Returns:
+      The estimates, and how far the largest one is at most from an eigenvalue. The
+      largest is never above the true one but for rounding, and the smallest never
+      below it. Exact if `steps` is at least the number of distinct eigenvalues.
+
+    Raises:
+      TypeError: If `steps` is not an int.
+      ValueError: If `steps` is below 1.
+
+    References:
+      Lanczos, 1950; Golub and Van Loan, Matrix Computations, chapter 10.
+    """
+    return _curvature.extreme_curvature(loss, params, key, steps)
 
 
 def refreshes(state: Any) -> dict[str, Health]:

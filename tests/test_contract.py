@@ -56,6 +56,7 @@ SUBJECTS = TRANSFORMS | OPTIMIZERS
 # The other public functions.
 OTHERS = {
     *("describe", "describe_placement", "describe_state", "make_optimizer"),
+    *("hessian_vector_product", "newton_step"),
     *("evaluation_params", "partition", "relay_state", "route", "tree_map"),
 }
 STATELESS = {
