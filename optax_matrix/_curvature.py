@@ -9,7 +9,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
-from optax_matrix import _check
+from optax_matrix import _check, _linalg, _mesh
 
 
 def hessian_vector_product(
@@ -71,13 +71,14 @@ def newton_step(
 
     Args:
       loss: A function of the parameters that returns a number.
-      params: :math:`\theta`, a tree of real floating arrays of one dtype.
+      params: :math:`\theta`, a tree of real floating arrays. The loss is differentiated
+        in float32, or float64.
       damping: :math:`\delta`, not negative, in the unit of the Hessian. It shortens the
         step where the curvature is small.
 
     Returns:
-      The step, a tree like `params`, to be added (`optax.apply_updates`). It is not
-      finite if the matrix is singular.
+      The step, a tree like `params`, to be added (`optax.apply_updates`). It is huge or
+      not finite if the matrix is singular.
 
     Raises:
       ValueError: If `damping` is a negative number.
@@ -91,15 +92,23 @@ def newton_step(
       >>> print(end["x"], end["y"])
       [2. 2. 2.] [0. 0.]
     """
+    if damping is None:
+        raise TypeError("`damping` must be a real number, got None.")
     _check.in_range("damping", damping, 0.0)
-    flat, unravel = ravel_pytree(params)
+    flat, unravel = ravel_pytree(_wide(params))
 
     def flat_loss(x: jax.Array) -> jax.Array:
         return loss(unravel(x))
 
     hessian = jax.hessian(flat_loss)(flat)
     damped = hessian + damping * jnp.eye(len(flat), dtype=flat.dtype)
-    return unravel(-jnp.linalg.solve(damped, jax.grad(flat_loss)(flat)))
+    step = unravel(-jnp.linalg.solve(damped, jax.grad(flat_loss)(flat)))
+    return jax.tree.map(lambda u, p: u.astype(p.dtype), step, params)
+
+
+def _wide(params: optax.Params) -> optax.Params:
+    """Returns the parameters in float32, or float64 where they are."""
+    return jax.tree.map(lambda p: p.astype(_linalg.at_least_float32(p.dtype)), params)
 
 
 class Curvature(NamedTuple):
@@ -121,13 +130,18 @@ def extreme_curvature(
     See `optax_matrix.diagnostics.largest_curvature`.
     """
     _check.static_int("steps", steps, 1)
+    params = _wide(params)
     vector = optax.tree.random_like(key, params, jax.random.normal)
     vector = optax.tree.scale(1 / optax.tree.norm(vector), vector)
-    basis = jax.tree.map(lambda v: jnp.zeros((steps, *v.shape), v.dtype), vector)
+    vector = jax.tree.map(_mesh.like, vector, params)
+    basis = jax.tree.map(lambda v: jnp.stack([jnp.zeros_like(v)] * steps), vector)
 
     def coefficients(basis: Any, w: Any) -> jax.Array:
-        products = jax.tree.map(lambda b, x: jnp.tensordot(b, x, x.ndim), basis, w)
-        return sum(jax.tree.leaves(products), start=jnp.zeros(steps))
+        # Sums of products: matmuls over sharded axes need more on explicit meshes.
+        products = jax.tree.map(
+            lambda b, x: jnp.sum(b * x[None], axis=tuple(range(1, b.ndim))), basis, w
+        )
+        return jnp.sum(jnp.stack(jax.tree.leaves(products)), axis=0)
 
     def without(basis: Any, w: Any) -> Any:
         c = coefficients(basis, w)
@@ -137,7 +151,7 @@ def extreme_curvature(
         v, basis = carry
         basis = jax.tree.map(lambda b, x: b.at[i].set(x), basis, v)
         w = hessian_vector_product(loss, params, v)
-        along, size = optax.tree.vdot(v, w), optax.tree.norm(w)
+        along, size = coefficients(basis, w)[i], optax.tree.norm(w)
         # Twice, because rounding leaves a part of the basis the first time.
         w = without(basis, without(basis, w))
         rest = optax.tree.norm(w)

@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import optax
 
+from optax_matrix import _paths
+
 _WHOLE = "`ema_lookahead` and `tail_average` must wrap a whole optimizer."
 
 
@@ -13,14 +15,16 @@ def _is_wrapper(node: Any) -> bool:
 
 
 def evaluation_params(state: optax.OptState, params: optax.Params) -> optax.Params:
-    """Returns the parameters to evaluate a model with and to save for inference.
+    """Returns the parameters to evaluate a model with, and to save for inference.
 
-    `ema_lookahead` and `tail_average` train other parameters than those to evaluate.
-    For the state of an optimizer without them, or wrapped deeper than a partition, the
-    result is `params`.
+    `ema_lookahead` and `tail_average` train other parameters than those to evaluate. To
+    resume a run, save the trained ones and the state. For the state of an optimizer
+    without a wrapper the result is `params`.
 
     Args:
-      state: The state of the whole optimizer after an update.
+      state: The state of the whole optimizer after an update, with the types that it
+        has (Orbax restores them with a target). Inside `jax.vmap` it is that of one
+        member.
       params: The parameters after the same update.
 
     Returns:
@@ -37,7 +41,7 @@ def evaluation_params(state: optax.OptState, params: optax.Params) -> optax.Para
       >>> tx = om.tail_average(om.muon(0.02), start=100)
       >>> weights = evaluation_params(tx.init(params), params)
     """
-    nodes = jax.tree.leaves(state, is_leaf=_is_wrapper)
+    nodes = jax.tree.leaves(_paths.unboxed(state), is_leaf=_is_wrapper)
     wrappers = [node for node in nodes if _is_wrapper(node)]
     if not wrappers:
         return params
@@ -45,7 +49,8 @@ def evaluation_params(state: optax.OptState, params: optax.Params) -> optax.Para
         raise ValueError(
             f"{_WHOLE} The state has {len(wrappers)} of them side by side."
         )
-    return wrappers[0].evaluation_params(params)
+    shown = wrappers[0].evaluation_params(_paths.unboxed(params))
+    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(shown))
 
 
 def check_whole(params: optax.Params, own: Any) -> None:

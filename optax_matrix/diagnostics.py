@@ -274,9 +274,8 @@ def refreshes(state: Any) -> dict[str, Health]:
     """Returns whether the refreshes of preconditioners succeed. *Cheap*.
 
     Args:
-      state: The state of any optimizer. Only states of `shampoo_precondition`,
-        `soap_precondition`, `kl_shampoo_precondition` and `kl_soap_precondition` have
-        roots or bases to refresh.
+      state: The state of any optimizer. Only states of `whiten_momentum` and of the
+        transforms called ``..._precondition`` have roots or bases to refresh.
 
     Returns:
       A dict from the path of each stack of roots or bases in the state, such as

@@ -60,7 +60,7 @@ OTHERS = {
     *("evaluation_params", "partition", "relay_state", "route", "tree_map"),
 }
 STATELESS = {
-    *("add_cautious_weight_decay", "floor_update_ratio", "match_rms"),
+    *("floor_update_ratio", "match_rms"),
     *("normalize_frobenius", "orthogonalize", "orthogonalize_exact"),
     *("orthogonalize_halley", "orthogonalize_newton_schulz", "scale_by_shape"),
     *("equalize_norms", "radial_brake", "scale_by_sign"),
@@ -90,6 +90,7 @@ DECAYING = {"muonw", "add_cautious_weight_decay", "soap", "kl_soap", "nanochat_m
 # hopper, adamh of muonh, normuon of muon); of preconditioners one is not slow.
 SLOW = {
     *("kl_soap_precondition", "kl_shampoo_precondition", "shampoo_precondition"),
+    "whiten_momentum",
     *("kl_soap", "soap", "soap_muon", "shampoo", "distributed_shampoo"),
     *("track3", "nanochat_muon", "adamh", "adamuon", "muonw", "normuon"),
     *("orthogonalize_exact", "precondition_then_orthogonalize"),

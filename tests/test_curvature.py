@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType
 
 import optax_matrix as om
 from tests import problems
@@ -105,3 +106,34 @@ def test_lanczos_on_a_network():
     assert values[0] < few.largest < values[-1] and few.largest == few.smallest
     with pytest.raises(ValueError, match="`steps` must be at least 1"):
         om.diagnostics.largest_curvature(network, PARAMS, key=key, steps=0)
+
+
+def test_other_dtypes_are_differentiated_in_float32():
+    narrow = jax.tree.map(lambda p: p.astype("bfloat16"), PARAMS)
+    rounded = jax.tree.map(lambda p: p.astype("float32"), narrow)
+    key = jax.random.key(0)
+    got = om.diagnostics.largest_curvature(network, narrow, key=key)
+    want = om.diagnostics.largest_curvature(network, rounded, key=key)
+    assert got.largest == want.largest and got.largest.dtype == jnp.float32
+    step = om.newton_step(network, narrow, damping=1.0)
+    assert step["w"].dtype == jnp.bfloat16
+    with jax.enable_x64(True):
+        loss, _, params, _ = quadratic(np.arange(1.0, 9.0))
+        for dtype in ("float32", "float64"):
+            typed = jax.tree.map(lambda p, d=dtype: p.astype(d), params)
+            got = om.diagnostics.largest_curvature(loss, typed, key=key, steps=8)
+            np.testing.assert_allclose(got.largest, 8.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_lanczos_on_sharded_parameters(kind):
+    def loss(params):
+        return 0.5 * jnp.sum(scales * jnp.square(params["w"]))
+
+    scales = 1.0 + jnp.arange(32.0).reshape(8, 4)
+    params, key = {"w": problems.normal((8, 4))}, jax.random.key(0)
+    want = om.diagnostics.largest_curvature(loss, params, key=key)
+    with jax.set_mesh(jax.make_mesh((8,), ("x",), (kind,))):
+        placed, scales = jax.device_put((params, scales), jax.P("x", None))
+        got = om.diagnostics.largest_curvature(loss, placed, key=key)
+    np.testing.assert_allclose(got.largest, want.largest, rtol=1e-4)

@@ -71,8 +71,9 @@ def nanochat_muon(
     References:
       https://github.com/karpathy/nanochat, ``nanochat/optim.py`` of 2026-07-03.
       Differs: the running RMS is always that of the outputs, as in NorMuon; nanochat
-      takes that of the inputs where there are more of them. It schedules the momentum
-      and decays ``weight_decay`` to 0, and multiplies in bfloat16.
+      takes that of the inputs where there are more of them, and an RMS of at least
+      1e-5. It schedules the momentum and decays ``weight_decay`` to 0, and multiplies
+      in bfloat16.
     """
     _routed.check_rates(learning_rate, weight_decay)
 

@@ -69,8 +69,8 @@ def track3(
     References:
       https://github.com/KellerJordan/modded-nanogpt, records/track_3_optimization,
       record 46 of 2026-06-19, by its released script. Left out: the gate between
-      momentum and whitened momentum in attention outputs, products in bfloat16, and the
-      auxiliary Adam without bias correction.
+      momentum and whitened momentum in attention outputs, and products in bfloat16. A
+      matrix that starts at zero takes a full first step, and one of length 1e-8 there.
     """
     _routed.check_rates(learning_rate, weight_decay)
     decay = _routed.product(learning_rate, weight_decay)

@@ -5,14 +5,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
 from optax_matrix import _check, _layout
 from optax_matrix._transforms import _arguments, _numerics
 
 
 class AddCautiousWeightDecayState(NamedTuple):
-    """State of `add_cautious_weight_decay`, if the decay is a schedule."""
+    """State of `add_cautious_weight_decay`."""
 
     count: jax.Array  # int32, updates seen so far
 
@@ -36,8 +35,7 @@ def add_cautious_weight_decay(
 
     Returns:
       A transformation that needs ``params``, for leaves of any shape. Updates keep
-      their shape and dtype. There is no state, or with a schedule the number of
-      updates.
+      their shape and dtype. The state is the number of updates.
 
     Raises:
       ValueError: At construction, if ``weight_decay`` is a negative number; in
@@ -49,19 +47,14 @@ def add_cautious_weight_decay(
     """
     _arguments.number_or_schedule("weight_decay", weight_decay, 0.0)
 
-    def init(params: optax.Params) -> optax.EmptyState | AddCautiousWeightDecayState:
+    def init(params: optax.Params) -> AddCautiousWeightDecayState:
         _layout.check_all_floating(params)
-        if not callable(weight_decay):
-            return optax.EmptyState()
         return AddCautiousWeightDecayState(jnp.zeros((), jnp.int32))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
         _check.params_given(params, "add_cautious_weight_decay")
-        strength: ArrayLike = weight_decay  # pyright: ignore
-        if callable(weight_decay):
-            strength = weight_decay(state.count)
-            state = AddCautiousWeightDecayState(_numerics.next_count(state.count))
+        strength = _numerics.value_at(weight_decay, state.count)
 
         def decay(u: jax.Array, p: jax.Array) -> jax.Array:
             wide, p = _numerics.wide(u), p.astype(_numerics.wide_dtype(u))
@@ -70,6 +63,8 @@ def add_cautious_weight_decay(
             decayed = _numerics.as_scalar(strength, wide) * p
             return (wide + jnp.where(shrinks, decayed, 0)).astype(u.dtype)
 
-        return jax.tree.map(decay, updates, params), state
+        count = _numerics.next_count(state.count)
+        done = jax.tree.map(decay, updates, params)
+        return done, AddCautiousWeightDecayState(count)
 
     return optax.GradientTransformationExtraArgs(init, update)

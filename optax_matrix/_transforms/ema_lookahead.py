@@ -50,10 +50,14 @@ def ema_lookahead(
     gradient is taken; `evaluation_params` returns :math:`\theta_t`.
 
     Args:
-      inner: The whole optimizer, with its learning rate and routing.
+      inner: The whole optimizer, with its learning rate and routing. `optax.MultiSteps`
+        and `optax.apply_if_finite` go around this wrapper, not inside: it moves the
+        parameters in every update.
       strength: :math:`\beta`, not negative, or a schedule of the number of gradients
-        before. It should be 0 at the end of a run, and in its first steps: the record
-        has 0.3 times the learning rate over its peak, from step 300 to 1,950 of 2,900.
+        before; pass schedules here, because `optax.inject_hyperparams` would be one
+        update late. It should be 0 at the end of a run and in its first steps: the
+        record has 0.3 from step 300 to 1,950 of 2,900, times a learning rate over its
+        peak.
       momentum: :math:`\gamma`, in [0, 1).
 
     Returns:
@@ -76,7 +80,8 @@ def ema_lookahead(
     wrapped = optax.with_extra_args_support(inner)
 
     def at(count: jax.Array) -> jax.Array:
-        return jnp.asarray(_numerics.value_at(strength, count), jnp.float32)
+        # A copy, because the state may be donated and a given array be used again.
+        return jnp.array(_numerics.value_at(strength, count), jnp.float32, copy=True)
 
     def init(params: optax.Params) -> EmaLookaheadState:
         _layout.check_all_floating(params)

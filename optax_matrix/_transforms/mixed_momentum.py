@@ -63,7 +63,8 @@ def mixed_momentum(
       The modded-nanogpt optimization track, 2026, pull requests `339
       <https://github.com/KellerJordan/modded-nanogpt/pull/339>`_ (two averages) and
       `357 <https://github.com/KellerJordan/modded-nanogpt/pull/357>`_ (eight). They
-      replace a single average at step 1000; schedules as ``weights`` do that.
+      replace a single average at step 1000, as schedules of ``weights`` do here, but
+      start the new averages only then.
     """
     for name, values, high in (("decays", decays, 1.0), ("weights", weights, math.inf)):
         if not isinstance(values, tuple | list):

@@ -42,8 +42,8 @@ def radial_retract(
 
     Returns:
       A transformation that needs ``params``. Updates keep their shape and dtype. A step
-      from a zero matrix, or one that ends at zero, is not rescaled. The state is the
-      number of updates.
+      from a zero matrix is not rescaled; one whose :math:`R` would be negative ends at
+      zero. The state is the number of updates.
 
     Raises:
       ValueError: At construction, if ``weight_decay`` is a negative number; at
@@ -70,8 +70,9 @@ def radial_retract(
             norm, end = _numerics.norm(view, p), p + wide
             radial = _numerics.divide_or_zero(view.sum(wide * p), norm)
             length = _numerics.norm(view, end)
-            scale = _numerics.divide_or_zero(norm + radial, length)
-            scale = jnp.where((norm == 0) | (scale <= 0), 1, scale)
+            radius = jnp.maximum(norm + radial, 0)
+            scale = _numerics.divide_or_zero(radius, length)
+            scale = jnp.where(norm == 0, 1, scale)
             # Signs, not the product, which underflows.
             shrinks = jnp.sign(wide) * jnp.sign(p) < 0
             kept = 1 - _numerics.as_scalar(decay, wide) * shrinks

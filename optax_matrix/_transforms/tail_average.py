@@ -53,7 +53,8 @@ def tail_average(
 
     Args:
       inner: The whole optimizer, which may be an `ema_lookahead`: then its parameters
-        without the look-ahead are averaged.
+        without the look-ahead are averaged. `optax.MultiSteps` goes around this
+        wrapper, which counts updates.
       start: The number of updates after which the average begins, not negative.
       horizon: :math:`\tau`, at least 1, in updates.
       weight: :math:`\lambda`, in [0, 1]; 1 is the average alone.
@@ -80,8 +81,8 @@ def tail_average(
     def init(params: optax.Params) -> TailAverageState:
         _layout.check_all_floating(params)
         count = jnp.zeros((), jnp.int32)
-        share = jnp.asarray(weight, jnp.float32)
-        # Copies, because the state and the parameters may both be donated.
+        # Copies, because the state and what it is made of may both be donated.
+        share = jnp.array(weight, jnp.float32, copy=True)
         average = jax.tree.map(
             lambda p: jnp.array(p, _numerics.wide_dtype(p), copy=True), params
         )
@@ -91,7 +92,7 @@ def tail_average(
         _check.params_given(params, "tail_average")
         steps, inner_state = wrapped.update(updates, state.inner, params, **extra_args)
         count = _numerics.next_count(state.count)
-        share = jnp.asarray(weight, jnp.float32)
+        share = jnp.array(weight, jnp.float32, copy=True)
         present = evaluation_params(inner_state, optax.apply_updates(params, steps))
 
         def average(p: jax.Array, a: jax.Array) -> jax.Array:

@@ -75,10 +75,10 @@ def whiten_momentum(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Whitens the momentum in the eigenbasis of the gradients' statistics.
 
-    Differs from `soap_precondition` in three ways: the momentum is that of
-    `ema_momentum`, outside of the bases; the second moment :math:`V` is that of the
-    momentum and not of the gradient; and nothing is bias-corrected, because the norm of
-    the momentum is restored. With the bases :math:`Q_L, Q_R` from before this gradient,
+    Unlike in `soap_precondition`, the momentum is that of `ema_momentum`, outside of
+    the bases; the second moment :math:`V` is that of the momentum and not of the
+    gradient; and nothing is bias-corrected, because the norm of the momentum is
+    restored. With the bases :math:`Q_L, Q_R` from before this gradient,
 
     .. math::
       M &\leftarrow \beta_1 M + (1 - \beta_1) G, \quad
@@ -87,7 +87,8 @@ def whiten_momentum(
       D &= Q_L [P / \max(\sqrt V, \epsilon)] Q_R^\top, \quad
       U = D \, \|P\|_4 / \|D\|_4,
 
-    with the Schatten-4 norm :math:`\|X\|_4 = \|X X^\top\|_F^{1/2}`. Then
+    with the Schatten-4 norm :math:`\|X\|_4 = \|X X^\top\|_F^{1/2}`, of which both are
+    at least :math:`\epsilon`. Then
     :math:`L` and :math:`R` average :math:`GG^\top` and :math:`G^\top G` by
     :math:`\beta_2`, and the bases are refreshed, both as in `soap_precondition`. The
     first update, without bases, is the momentum.
@@ -109,6 +110,10 @@ def whiten_momentum(
     Raises:
       ValueError: As `soap_precondition`.
       TypeError: As `soap_precondition`.
+
+    Precision:
+      Fourth powers are added in float32: momenta with a norm below 1e-8 or above 1e9
+      are lost.
 
     References:
       "SOAP-Muon" of the modded-nanogpt optimization track, records 44 to 46, 2026.

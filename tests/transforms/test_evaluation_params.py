@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import optax_matrix as om
 from tests import problems
@@ -103,6 +104,36 @@ def test_evaluation_params_finds_the_wrapper_in_a_chain():
     shown = om.evaluation_params(state, params)
     jax.tree.map(np.testing.assert_array_equal, shown, params)
     assert om.evaluation_params(om.muon(0.02).init(params), params) is params
+
+
+def test_the_state_of_an_nnx_optimizer_is_understood():
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    tx = om.tail_average(optax.sgd(0.1), 0, horizon=2.0, weight=1.0)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    start = np.asarray(model.kernel[...])
+    params = nnx.state(model, nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, params))
+    params = nnx.state(model, nnx.Param)
+    shown = om.evaluation_params(optimizer.opt_state, params)
+    # Half of the step of 0.1.
+    np.testing.assert_allclose(shown["kernel"][...], start - 0.05, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda s: om.ema_lookahead(optax.sgd(0.1), s),
+        lambda s: om.tail_average(optax.sgd(0.1), 1, weight=s),
+        lambda s: optax.inject_hyperparams(om.ema_lookahead)(optax.sgd(0.1), float(s)),
+    ],
+)
+def test_states_can_be_donated_and_given_arrays_used_again(make):
+    strength = jnp.float32(0.3)
+    tx, w = make(strength), problems.normal((4, 3))
+    state, step = tx.init(w), jax.jit(tx.update, donate_argnums=1)
+    for _ in range(2):
+        _, state = step(w, state, w)
+    assert strength == np.float32(0.3)
 
 
 def test_wrappers_within_a_partition_raise():

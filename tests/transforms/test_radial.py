@@ -83,6 +83,16 @@ def test_only_the_radial_part_changes_the_norm():
     np.testing.assert_allclose(got, along, atol=1e-6)
 
 
+def test_a_step_past_the_centre_ends_there():
+    w = jnp.array([[1.0, 0.0], [0.0, 0.0]])
+    for along, norm in ((-0.99, 0.01), (-1.01, 0.0)):
+        step = jnp.array([[along, 3.0], [0.0, 0.0]])
+        (got,), _ = problems.unroll(om.radial_retract(), [step], w)
+        np.testing.assert_allclose(jnp.linalg.norm(w + got), norm, atol=1e-6)
+    (got,), _ = problems.unroll(om.radial_retract(), [step], jnp.zeros_like(w))
+    np.testing.assert_array_equal(got, step)
+
+
 def test_the_radius_does_not_drift():
     # 10,000 tangential steps of a tenth of the norm: rounding alone may change it.
     def step(w, key):
