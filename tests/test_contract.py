@@ -90,7 +90,7 @@ DECAYING = {"muonw", "add_cautious_weight_decay", "soap", "kl_soap", "nanochat_m
 # hopper, adamh of muonh, normuon of muon); of preconditioners one is not slow.
 SLOW = {
     *("kl_soap_precondition", "kl_shampoo_precondition", "shampoo_precondition"),
-    "whiten_momentum",
+    *("whiten_momentum", "equalize_norms", "radial_brake", "tail_average"),
     *("kl_soap", "soap", "soap_muon", "shampoo", "distributed_shampoo"),
     *("track3", "nanochat_muon", "adamh", "adamuon", "muonw", "normuon"),
     *("orthogonalize_exact", "precondition_then_orthogonalize"),

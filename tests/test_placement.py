@@ -386,6 +386,7 @@ def temporary_bytes(count, stack_size):
     return found.temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_rounds_take_the_memory_of_one():
     eight, _, many_in_rounds, many_at_once = map(
         int, problems.printed_by(ROUNDS).split()

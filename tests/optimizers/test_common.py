@@ -38,9 +38,21 @@ def test_matrices_that_are_not_real_floating_raise_at_init_with_their_path(name,
 
 
 EMPTY = {"a": (0, 4), "b": (4, 0), "c": (2, 0, 4)}
+# Long to compile, and made of stages that others have as well.
+SLOW = {
+    *("kl_soap", "soap_muon", "distributed_shampoo", "shampoo", "track3"),
+    *("muonw", "muonh", "normuon", "adamuon", "nanochat_muon"),
+}
+some = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name in OPTIMIZERS
+    ],
+)
 
 
-@every
+@some
 def test_matrices_without_entries_pass_beside_others(name):
     tx, full = OPTIMIZERS[name](0.02, routing="matrix"), {"w": problems.normal((5, 4))}
     params = full | {key: jnp.ones(shape) for key, shape in EMPTY.items()}
@@ -74,8 +86,8 @@ MOMENTS = dict.fromkeys(OPTIMIZERS, 1) | {
     [
         *((name, {}, count) for name, count in MOMENTS.items()),
         ("hopper", {"variance": "pre"}, 1),
-        ("shampoo", {"graft": "sgd"}, 2),
-        ("shampoo", {"graft": "rmsprop"}, 1),
+        pytest.param("shampoo", {"graft": "sgd"}, 2, marks=pytest.mark.slow),
+        pytest.param("shampoo", {"graft": "rmsprop"}, 1, marks=pytest.mark.slow),
         ("shampoo", {"graft": None, "momentum": None}, 0),
     ],
     ids=str,
@@ -100,21 +112,12 @@ def test_momentum_has_mu_dtype(name, settings, count):
     assert (off > 0) == (count > 0 and name != "adamuon")
 
 
-SLOW_MOMENTA = {"kl_soap", "soap_muon", "distributed_shampoo", "muonw", "normuon"}
-
-
 def warming(count):
     """A schedule of the momentum that changes in every update."""
     return 0.5 + 0.1 * jnp.minimum(count, 4)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=[pytest.mark.slow] if n in SLOW_MOMENTA else [])
-        for n in OPTIMIZERS
-    ],
-)
+@some
 def test_the_momentum_may_be_a_schedule(name):
     params = {"kernel": problems.normal((5, 4)), "bias": problems.normal((4,), 1)}
     got, _ = trained(OPTIMIZERS[name](0.02, momentum=warming), params)
@@ -138,7 +141,11 @@ def five_rows(tree):
 FIVE_ROWS = {"decays": {"kernel": True, "bias": True}, "stays": {"kernel": False}}
 
 
-@pytest.mark.parametrize("mask", [FIVE_ROWS, five_rows], ids=["tree", "function"])
+@pytest.mark.parametrize(
+    "mask",
+    [FIVE_ROWS, pytest.param(five_rows, marks=pytest.mark.slow)],
+    ids=["tree", "function"],
+)
 @every
 def test_weight_decay_mask_says_which_matrices_decay(name, mask):
     params = {

@@ -191,8 +191,10 @@ def test_staggered_work_is_spread_over_all_shapes():
     "settings, sides, max_dim",
     [
         ({}, (True, True), None),
-        ({"exponents": (None, -0.5)}, (False, True), None),
-        ({"max_dim": 5}, (True, True), 5),
+        pytest.param(
+            {"exponents": (None, -0.5)}, (False, True), None, marks=pytest.mark.slow
+        ),
+        pytest.param({"max_dim": 5}, (True, True), 5, marks=pytest.mark.slow),
         ({"block_size": 4}, (True, True), None),
     ],
     ids=str,
