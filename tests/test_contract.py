@@ -92,7 +92,7 @@ SLOW = {
     *("kl_soap_precondition", "kl_shampoo_precondition", "shampoo_precondition"),
     *("whiten_momentum", "equalize_norms", "radial_brake", "tail_average"),
     *("kl_soap", "soap", "soap_muon", "shampoo", "distributed_shampoo"),
-    *("track3", "nanochat_muon", "adamh", "adamuon", "muonw", "normuon"),
+    *("track3", "nanochat_muon", "adamh", "adamuon", "muonh", "muonw", "normuon"),
     *("orthogonalize_exact", "precondition_then_orthogonalize"),
 }
 

@@ -662,6 +662,7 @@ def uninterrupted(programs, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(programs, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     process = start(programs, folder)

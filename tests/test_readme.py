@@ -19,9 +19,17 @@ from benchmarks import (
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LONG = {"extending.md", "preconditioners.md", "record.md"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(p, marks=[pytest.mark.slow] if p.name in LONG else [])
+        for p in PAGES
+    ],
+    ids=lambda p: p.name,
+)
 def test_python_blocks_run(page):
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
     namespace: dict = {}

@@ -37,7 +37,16 @@ def test_leaves_that_are_not_real_floating_raise_at_init_with_their_path(name, d
 
 
 @pytest.mark.parametrize("jit", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("name", TRANSFORMS | CUT)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=[pytest.mark.slow] if "precondition" in name or name in CUT else [],
+        )
+        for name in TRANSFORMS | CUT
+    ],
+)
 def test_leaves_without_entries_pass_beside_others(name, jit):
     tx, full = (TRANSFORMS | CUT)[name](), {"w": problems.normal((5, 4))}
     params = full | {key: jnp.ones(shape) for key, shape in EMPTY.items()}
