@@ -19,22 +19,7 @@ from optax_matrix._transforms._preconditioner import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EigenbasisSettings(Preconditioner):
-    """The settings that SOAP and the KL rules have in common.
-
-    Args:
-      factor_b2: Decay of the two statistics, in [0, 1). None is the ``b2`` of the
-        second moment.
-      stagger: See `Preconditioner`, as the following.
-      block_size: See `Preconditioner`.
-      max_dim: See `Preconditioner`; such a side keeps the identity for its basis.
-      max_failures: See `Preconditioner`.
-      factor_dtype: See `Preconditioner`.
-      precision: See `Preconditioner`.
-
-    Raises:
-      TypeError: If a count is not an int.
-      ValueError: If an argument is outside its range.
-    """
+    """The settings that SOAP and the KL rules have in common; see `SOAP`."""
 
     factor_b2: float | None = None
 

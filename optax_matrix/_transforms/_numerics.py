@@ -51,6 +51,16 @@ def moving_average(old: jax.Array, new: jax.Array, decay: ArrayLike) -> jax.Arra
     return decay * old + (1 - decay) * new
 
 
+def moving_averages(old: Any, updates: Any, decay: ArrayLike) -> Any:
+    """Returns the moving average of every leaf, in the dtype of statistics."""
+
+    def average(g: jax.Array, m: jax.Array) -> jax.Array:
+        g = wide(g)
+        return moving_average(m.astype(g.dtype), g, decay)
+
+    return jax.tree.map(average, updates, old)
+
+
 def bias_correction(decay: ArrayLike, count: jax.Array, like: jax.Array) -> jax.Array:
     """Returns `1 - decay**count`, the sum of the weights of an average from zero."""
     return 1 - as_scalar(decay, like) ** count.astype(like.dtype)

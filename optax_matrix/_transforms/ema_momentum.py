@@ -80,10 +80,6 @@ def ema_momentum(
         count = _numerics.next_count(state.count)
         decay = _numerics.value_at(momentum, state.count)
 
-        def average(g: jax.Array, m: jax.Array) -> jax.Array:
-            g = _numerics.wide(g)
-            return _numerics.moving_average(m.astype(g.dtype), g, decay)
-
         def look_ahead(g: jax.Array, m: jax.Array) -> jax.Array:
             wide_g = _numerics.wide(g)
             if debias:
@@ -95,7 +91,7 @@ def ema_momentum(
                 wide_g = wide_g / _numerics.bias_correction(decay, count, wide_g)
             return _numerics.moving_average(m, wide_g, decay).astype(g.dtype)
 
-        averages = jax.tree.map(average, updates, state.momentum)
+        averages = _numerics.moving_averages(state.momentum, updates, decay)
         ahead = jax.tree.map(look_ahead, updates, averages)
         kept = jax.tree.map(
             lambda m, old: m.astype(old.dtype), averages, state.momentum

@@ -89,15 +89,6 @@ def mixed_momentum(
         share = _numerics.value_at(momentum, state.count)
         mix = [_numerics.value_at(weight, state.count) for weight in weights]
 
-        def average(old: Any, decay: optax.ScalarOrSchedule) -> Any:
-            now = _numerics.value_at(decay, state.count)
-
-            def one(g: jax.Array, m: jax.Array) -> jax.Array:
-                g = _numerics.wide(g)
-                return _numerics.moving_average(m.astype(g.dtype), g, now)
-
-            return jax.tree.map(one, updates, old)
-
         def mixed(g: jax.Array, *averages: jax.Array) -> jax.Array:
             wide = _numerics.wide(g)
             mean = jnp.zeros_like(wide)
@@ -105,7 +96,12 @@ def mixed_momentum(
                 mean += _numerics.as_scalar(weight, wide) * m
             return _numerics.moving_average(mean, wide, share).astype(g.dtype)
 
-        averages = tuple(map(average, state.momenta, decays))
+        averages = tuple(
+            _numerics.moving_averages(
+                old, updates, _numerics.value_at(decay, state.count)
+            )
+            for old, decay in zip(state.momenta, decays, strict=True)
+        )
         mixture = jax.tree.map(mixed, updates, *averages)
         kept = jax.tree.map(lambda m, old: m.astype(old.dtype), averages, state.momenta)
         return mixture, MixedMomentumState(_numerics.next_count(state.count), kept)
