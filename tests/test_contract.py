@@ -42,10 +42,11 @@ TRANSFORMS = {
     "add_cautious_weight_decay": {"weight_decay": 0.1},
     "floor_update_ratio": {},
     "switch_at": {"step": 2, "first": om.match_rms(), "second": om.ema_momentum()},
-    # Damped so that rounding, of which small eigenvalues are made, does not show.
+    # Damped so that rounding, of which the smallest eigenvalues are made (or in a basis
+    # the entries that are otherwise zero), does not show.
     "shampoo_precondition": {"damping": 1e-2},
     "soap_precondition": {},
-    "whiten_momentum": {},
+    "whiten_momentum": {"eps": 0.1},
     "kl_soap_precondition": {},
     "kl_shampoo_precondition": {},
     "graft_to": {"magnitude": optax.scale_by_adam(), "direction": om.ema_momentum()},
