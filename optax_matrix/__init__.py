@@ -5,7 +5,15 @@ from optax_matrix._accounting import describe_placement, describe_state
 from optax_matrix._curvature import hessian_vector_product, newton_step
 from optax_matrix._evaluation import evaluation_params
 from optax_matrix._layout import MatrixLayout, MatrixView, tree_map
-from optax_matrix._linalg import Exact, Halley, NewtonSchulz, PolarMethod
+from optax_matrix._linalg import (
+    MUD,
+    Exact,
+    Halley,
+    NewtonSchulz,
+    PolarMethod,
+    Zolotarev,
+    polar_express_rows,
+)
 from optax_matrix._optimizers import (
     MATRIX_OPTIMIZERS,
     OPTIMIZERS,
@@ -46,6 +54,7 @@ from optax_matrix._transforms import (
     mixed_momentum,
     normalize_frobenius,
     orthogonalize,
+    orthogonalize_cached,
     orthogonalize_exact,
     orthogonalize_halley,
     orthogonalize_newton_schulz,
@@ -58,6 +67,7 @@ from optax_matrix._transforms import (
     scale_by_variance,
     shampoo_precondition,
     soap_precondition,
+    svd_supplement,
     switch_at,
     tail_average,
     whiten_momentum,
@@ -66,6 +76,7 @@ from optax_matrix._transforms import (
 __all__ = [
     "KL",
     "MATRIX_OPTIMIZERS",
+    "MUD",
     "OPTIMIZERS",
     "SOAP",
     "Exact",
@@ -77,6 +88,7 @@ __all__ = [
     "PolarMethod",
     "Preconditioner",
     "Shampoo",
+    "Zolotarev",
     "adamh",
     "adamuon",
     "add_cautious_weight_decay",
@@ -109,10 +121,12 @@ __all__ = [
     "normalize_frobenius",
     "normuon",
     "orthogonalize",
+    "orthogonalize_cached",
     "orthogonalize_exact",
     "orthogonalize_halley",
     "orthogonalize_newton_schulz",
     "partition",
+    "polar_express_rows",
     "precondition_then_orthogonalize",
     "radial_brake",
     "radial_retract",
@@ -127,6 +141,7 @@ __all__ = [
     "soap",
     "soap_muon",
     "soap_precondition",
+    "svd_supplement",
     "switch_at",
     "tail_average",
     "track3",

@@ -35,6 +35,8 @@ TRANSFORMS = {
     "orthogonalize_newton_schulz": {"steps": 5},
     "orthogonalize_halley": {},
     "orthogonalize_exact": {},
+    "orthogonalize_cached": {"every": 2},
+    "svd_supplement": {"every": 2},
     "scale_by_shape": {},
     "match_rms": {},
     "normalize_frobenius": {},
@@ -58,7 +60,8 @@ SUBJECTS = TRANSFORMS | OPTIMIZERS
 OTHERS = {
     *("describe", "describe_placement", "describe_state", "make_optimizer"),
     *("hessian_vector_product", "newton_step"),
-    *("evaluation_params", "partition", "relay_state", "route", "tree_map"),
+    *("evaluation_params", "partition", "polar_express_rows", "relay_state"),
+    *("route", "tree_map"),
 }
 STATELESS = {
     *("floor_update_ratio", "match_rms"),
@@ -94,7 +97,8 @@ SLOW = {
     *("whiten_momentum", "equalize_norms", "radial_brake", "tail_average"),
     *("kl_soap", "soap", "soap_muon", "shampoo", "distributed_shampoo"),
     *("track3", "nanochat_muon", "adamh", "adamuon", "muonh", "muonw", "normuon"),
-    *("orthogonalize_exact", "precondition_then_orthogonalize"),
+    *("orthogonalize_exact", "orthogonalize_cached", "svd_supplement"),
+    "precondition_then_orthogonalize",
 }
 
 

@@ -7,12 +7,7 @@ from optax_matrix._linalg.coefficients import (
 )
 from optax_matrix._linalg.eigenbases import eigenbasis, power_product, q_factor
 from optax_matrix._linalg.exact import exact_polar
-from optax_matrix._linalg.halley import (
-    halley,
-    halley_flops,
-    halley_weights,
-    spd_inverse,
-)
+from optax_matrix._linalg.minimax import polar_express_rows
 from optax_matrix._linalg.newton_schulz import (
     block_gain,
     gram_factor,
@@ -21,14 +16,17 @@ from optax_matrix._linalg.newton_schulz import (
     newton_schulz_flops,
     restart_points,
 )
-from optax_matrix._linalg.numerics import at_least_float32
+from optax_matrix._linalg.numerics import at_least_float32, is_tall, unit_frobenius
 from optax_matrix._linalg.polar import (
+    MUD,
     Exact,
     Halley,
     NewtonSchulz,
     PolarMethod,
+    Zolotarev,
     as_method,
 )
+from optax_matrix._linalg.rational import spd_inverse, zolotarev
 from optax_matrix._linalg.roots import (
     Root,
     RootMethod,
@@ -37,6 +35,7 @@ from optax_matrix._linalg.roots import (
 )
 
 __all__ = [
+    "MUD",
     "TABLES",
     "CoefficientTable",
     "Exact",
@@ -45,6 +44,7 @@ __all__ = [
     "PolarMethod",
     "Root",
     "RootMethod",
+    "Zolotarev",
     "as_method",
     "at_least_float32",
     "block_gain",
@@ -52,16 +52,17 @@ __all__ = [
     "exact_polar",
     "gram_factor",
     "gram_is_cheaper",
-    "halley",
-    "halley_flops",
-    "halley_weights",
     "inverse_root_by_newton",
+    "is_tall",
     "newton_schulz",
     "newton_schulz_flops",
+    "polar_express_rows",
     "power_by_eigh",
     "power_product",
     "q_factor",
     "resolve",
     "restart_points",
     "spd_inverse",
+    "unit_frobenius",
+    "zolotarev",
 ]

@@ -169,6 +169,12 @@ def unit_peak(x: Array) -> Array:
     return jnp.where(zero, 0.0, x) / root / root
 
 
+def unit_frobenius(x: Array) -> Array:
+    """Scales each matrix to Frobenius norm 1, from any magnitude; see `unit_peak`."""
+    y = unit_peak(x)
+    return y / frobenius(y)
+
+
 def inverse_root(square: Array) -> Array:
     """Returns 1/√square, and 0 where `square` is 0.
 

@@ -2,11 +2,8 @@
 
 from optax_matrix._transforms._eigenbases import SOAP
 from optax_matrix._transforms._kl import KL
-from optax_matrix._transforms._preconditioner import (
-    Health,
-    Preconditioner,
-    PreconditionState,
-)
+from optax_matrix._transforms._per_matrix import PerMatrixState
+from optax_matrix._transforms._preconditioner import Health, Preconditioner
 from optax_matrix._transforms._rule_of import rule_of
 from optax_matrix._transforms.add_cautious_weight_decay import (
     AddCautiousWeightDecayState,
@@ -28,6 +25,7 @@ from optax_matrix._transforms.match_rms import match_rms
 from optax_matrix._transforms.mixed_momentum import MixedMomentumState, mixed_momentum
 from optax_matrix._transforms.normalize_frobenius import normalize_frobenius
 from optax_matrix._transforms.orthogonalize import orthogonalize
+from optax_matrix._transforms.orthogonalize_cached import orthogonalize_cached
 from optax_matrix._transforms.orthogonalize_exact import orthogonalize_exact
 from optax_matrix._transforms.orthogonalize_halley import orthogonalize_halley
 from optax_matrix._transforms.orthogonalize_newton_schulz import (
@@ -50,6 +48,7 @@ from optax_matrix._transforms.scale_by_variance import (
 )
 from optax_matrix._transforms.shampoo_precondition import Shampoo, shampoo_precondition
 from optax_matrix._transforms.soap_precondition import soap_precondition
+from optax_matrix._transforms.svd_supplement import svd_supplement
 from optax_matrix._transforms.switch_at import SwitchAtState, switch_at
 from optax_matrix._transforms.tail_average import TailAverageState, tail_average
 from optax_matrix._transforms.whiten_momentum import whiten_momentum
@@ -64,7 +63,7 @@ __all__ = [
     "Health",
     "HyperballRetractState",
     "MixedMomentumState",
-    "PreconditionState",
+    "PerMatrixState",
     "Preconditioner",
     "RadialRetractState",
     "ScaleByNeuronVarianceState",
@@ -87,6 +86,7 @@ __all__ = [
     "mixed_momentum",
     "normalize_frobenius",
     "orthogonalize",
+    "orthogonalize_cached",
     "orthogonalize_exact",
     "orthogonalize_halley",
     "orthogonalize_newton_schulz",
@@ -100,6 +100,7 @@ __all__ = [
     "scale_by_variance",
     "shampoo_precondition",
     "soap_precondition",
+    "svd_supplement",
     "switch_at",
     "tail_average",
     "whiten_momentum",

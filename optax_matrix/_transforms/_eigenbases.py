@@ -199,6 +199,6 @@ def transformation(
         "start": 0,
         "refresh": refresh,
     }
-    return _preconditioner.per_matrix(
+    return _preconditioner.preconditioned(
         rule, settings, scalars, layout=layout, placement=placement
     )

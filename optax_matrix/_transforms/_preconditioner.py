@@ -13,17 +13,8 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _check, _layout, _placement
-from optax_matrix._transforms import _arguments, _numerics
-
-Scalars = Mapping[str, Array]
-
-
-class PreconditionState(NamedTuple):
-    """State of the preconditioners."""
-
-    count: jax.Array  # int32, updates seen so far
-    # By shape, a `MatrixStack` with the state of every matrix of the shape.
-    matrices: Any
+from optax_matrix._transforms import _arguments, _per_matrix
+from optax_matrix._transforms._per_matrix import Scalars
 
 
 class Health(NamedTuple):
@@ -188,7 +179,7 @@ class Precondition:
         return dict(zip(shapes, np.split(middles, ends), strict=True))
 
 
-def per_matrix(
+def preconditioned(
     rule: MatrixRule,
     settings: Preconditioner,
     scalars: Mapping[str, optax.ScalarOrSchedule],
@@ -208,47 +199,13 @@ def per_matrix(
     """
     place = _placement.as_placement(placement)
 
-    def resolved(tree: Any) -> list[_placement.Leaf]:
-        leaves = _placement.resolve(tree, layout, place, by_type=True)
-        if settings.block_size is None:
-            return leaves
-        return [
-            leaf._replace(view=_layout.blocked(leaf.view, settings.block_size))
-            for leaf in leaves
-        ]
-
-    def init(params: optax.Params) -> PreconditionState:
-        _layout.check_all_floating(params)
-        leaves = resolved(params)
-        # `optax.tree.map_params` inits a tree without leaves, and takes a leaf of that
-        # state for whatever the real state has in its place.
-        matrices = jnp.zeros((0,), jnp.int32)
-        if leaves:
-            matrices = _placement.init_states(rule.init, leaves, place.stack_size)
-        return PreconditionState(jnp.zeros((), jnp.int32), matrices)
-
-    def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        leaves = resolved(updates)
-        count = _numerics.next_count(state.count)
-        if not leaves:
-            return updates, PreconditionState(count, state.matrices)
-        traced = {
-            name: jnp.asarray(_numerics.value_at(value, state.count))
-            for name, value in scalars.items()
-        }
+    def work(leaves: Sequence[_placement.Leaf]) -> Precondition:
         counts = tuple(_placement.matrix_counts(leaves).items())
-        done, matrices = _placement.map_matrices(
-            Precondition(rule, settings.stagger, counts, place.stack_size),
-            leaves,
-            state.matrices,
-            traced | {"count": state.count},
-            stack_size=place.stack_size,
-        )
-        tree = jax.tree.unflatten(jax.tree.structure(updates), done)
-        return tree, PreconditionState(count, matrices)
+        return Precondition(rule, settings.stagger, counts, place.stack_size)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _per_matrix.per_matrix(
+        rule.init, work, scalars, layout, place, settings.block_size
+    )
 
 
 def healthy() -> Health:

@@ -8,7 +8,7 @@ from optax_matrix._transforms.orthogonalize import orthogonalize
 
 
 def orthogonalize_halley(
-    lower_bound: float = 1e-3,
+    lower_bound: float = 1e-2,
     *,
     steps: int = 1,
     dtype: DTypeLike | None = None,
@@ -26,8 +26,8 @@ def orthogonalize_halley(
 
     :math:`d = (4(1-\ell^2)/\ell^4)^{1/3}`,
     :math:`a = \sqrt{1+d} + \tfrac12 \sqrt{8 - 4d + 8(2-\ell^2)/(\ell^2\sqrt{1+d})}`,
-    :math:`b = (a-1)^2/4`, :math:`c = a + b - 1`. The inverse is one Cholesky
-    factorization of the small side.
+    :math:`b = (a-1)^2/4`, :math:`c = a + b - 1`. One Cholesky factorization of the
+    small side takes the place of the inverse.
 
     Args:
       lower_bound: See `Halley`, which has all settings.
@@ -47,7 +47,8 @@ def orthogonalize_halley(
         ``init``, if a leaf does not fit ``layout``, with its path.
 
     Cost:
-      Each step takes 2 products with the long side and one inverse of the short side.
+      Each step takes about as long as 2 products with the long side, see
+      `Halley.flops`.
 
     References:
       Nakatsukasa, Bai and Gygi, 2010, Optimizing Halley's iteration for computing the

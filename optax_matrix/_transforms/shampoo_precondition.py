@@ -307,7 +307,7 @@ def shampoo_precondition(
         "start": start,
         "refresh": refresh,
     }
-    return _preconditioner.per_matrix(
+    return _preconditioner.preconditioned(
         rule,
         preconditioner,
         {name: value for name, value in given.items() if value is not None},

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from optax_matrix import _linalg
-from optax_matrix._linalg import Exact, Halley, NewtonSchulz
+from optax_matrix._linalg import MUD, Exact, Halley, NewtonSchulz, Zolotarev
 from tests.references import polar as reference
 
 # Unequal sides, so that a swapped axis cannot pass; one row; one column; stacks.
@@ -19,12 +19,15 @@ METHODS = [
     NewtonSchulz(coefficients="polar_express", normalization="schatten4"),
     NewtonSchulz(coefficients="aol"),
     Halley(lower_bound=1e-2, steps=2),
+    Halley(lower_bound=1e-2, polish=1),
+    Zolotarev(),
+    MUD(passes=2),
     Exact(),
     Exact(method="eigh"),
 ]
 
-# AOL rescales single inputs or outputs, so it keeps no rotation.
-ROTATABLE = [m for m in METHODS if m != NewtonSchulz(coefficients="aol")]
+# AOL and MUD rescale single inputs or outputs, so they keep no rotation.
+ROTATABLE = [m for m in METHODS if m.transposable]
 
 
 def spectrum(kind, k):

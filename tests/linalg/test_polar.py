@@ -10,10 +10,12 @@ import optax
 import pytest
 
 from optax_matrix._linalg import (
+    MUD,
     Exact,
     Halley,
     NewtonSchulz,
     PolarMethod,
+    Zolotarev,
     as_method,
     newton_schulz,
     resolve,
@@ -51,10 +53,10 @@ def test_transpose_passes_through(method, shape):
         chex.assert_trees_all_close(got, want, atol=ATOL)
 
 
-def test_only_aol_is_not_transposable():
-    # Of two equal sides it always rescales the inputs.
+def test_what_rescales_one_of_two_equal_sides_is_not_transposable():
     assert [m for m in METHODS if not m.transposable] == [
-        NewtonSchulz(coefficients="aol")
+        NewtonSchulz(coefficients="aol"),
+        MUD(passes=2),
     ]
     assert not NewtonSchulz(normalization="aol").transposable
     assert NewtonSchulz(coefficients="aol", normalization="frobenius").transposable
@@ -172,8 +174,8 @@ def test_float64_is_computed_in_float64(method):
         assert got.dtype == jnp.float64
         low = run(dataclasses.replace(method, dtype="float32"), jnp.asarray(x))
         assert low.dtype == jnp.float64
-        again = run(method, jnp.asarray(x[::-1]))[::-1]
-    # Reversing the rows changes the order of summation and no more.
+        again = run(method, jnp.asarray(x[:, ::-1]))[:, ::-1]
+    # Reversing the columns changes the order of summation and no more.
     np.testing.assert_allclose(np.asarray(got), np.asarray(again), atol=1e-12)
     assert np.abs(np.asarray(got) - np.asarray(low)).max() > 1e-9
 
@@ -287,8 +289,11 @@ def test_a_method_survives_injection():
 def test_names():
     assert as_method("newton_schulz") == NewtonSchulz()
     assert as_method("halley") == Halley()
+    assert as_method("zolotarev") == Zolotarev()
+    assert as_method("mud") == MUD()
     assert as_method("exact") == Exact()
-    names = "`orthogonalize` must be one of 'newton_schulz', 'halley', 'exact'"
+    names = "'newton_schulz', 'halley', 'zolotarev', 'mud', 'exact'"
+    names = f"`orthogonalize` must be one of {names}"
     with pytest.raises(ValueError, match=f"{names}, got 'svd'"):
         as_method("svd")
     for value in (NewtonSchulz, 3, np.linalg.svd):

@@ -49,6 +49,7 @@ BAD = {
     "direction": NO_TRANSFORMATIONS,
     "dtype": ("int8", "nonsense", 3),
     "eps": positive(SCHEDULE),
+    "every": (*NO_INTEGERS, 0, -1, SCHEDULE, jnp.float32(2)),
     "exponents": (-0.25, (-0.25,), (0.5, None), ("a", None), (None, None), (NAN, -1)),
     "factor_b2": in_unit(SCHEDULE),
     "factor_dtype": NO_DTYPES,
@@ -73,8 +74,11 @@ BAD = {
     "of": ("rows", 2, True),
     "orthogonalize": ("qr", 3, True, om.NewtonSchulz, om.SOAP()),
     "outward": not_negative(SCHEDULE),
+    "passes": (*NO_INTEGERS, 0, jnp.int32(5)),
     "per": ("row", 2, True),
     "placement": ({"kernel": jnp.ones((3, 2))}, "x", 3, jax.P("x"), om.Placement),
+    "poles": (*NO_INTEGERS, 0, jnp.int32(5)),
+    "polish": (*NO_INTEGERS, -1, jnp.int32(5)),
     "precision": ("best", 3.5),
     "precondition": NO_TRANSFORMATIONS,
     "preconditioner": NO_SETTINGS,
@@ -105,7 +109,10 @@ NAMED = {
 }
 SETTINGS = {
     kind.__name__: kind
-    for kind in (om.SOAP, om.KL, om.Shampoo, om.NewtonSchulz, om.Halley, om.Exact)
+    for kind in (
+        *(om.SOAP, om.KL, om.Shampoo),
+        *(om.NewtonSchulz, om.Halley, om.Zolotarev, om.MUD, om.Exact),
+    )
 }
 REQUIRED = {
     "add_cautious_weight_decay": {"weight_decay": 0.1},

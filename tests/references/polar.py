@@ -83,20 +83,51 @@ def newton_schulz(x, rows, normalization="frobenius", shrink=1.0):
     return x
 
 
+def halley_weights(low):
+    """The published weights (a, b, c) of the map for [low, 1]."""
+    d = np.cbrt(4 * (1 - low**2) / low**4)
+    under = 8 - 4 * d + 8 * (2 - low**2) / (low**2 * np.sqrt(1 + d))
+    a = np.sqrt(1 + d) + np.sqrt(under) / 2
+    b = (a - 1) ** 2 / 4
+    return a, b, a + b - 1
+
+
+def halley_map(s, low):
+    """One step on singular values."""
+    a, b, c = halley_weights(low)
+    return s * (a + b * s**2) / (1 + c * s**2)
+
+
 def halley(x, lower_bound, steps=1):
     """QDWH on the singular values, scaled by the Schatten-4 norm."""
     u, s, vt = np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)
     s = s / np.sum(s**4, axis=-1, keepdims=True) ** 0.25
     low = lower_bound
     for _ in range(steps):
-        d = np.cbrt(4 * (1 - low**2) / low**4)
-        under = 8 - 4 * d + 8 * (2 - low**2) / (low**2 * np.sqrt(1 + d))
-        a = np.sqrt(1 + d) + np.sqrt(under) / 2
-        b = (a - 1) ** 2 / 4
-        c = a + b - 1
-        s = s * (a + b * s**2) / (1 + c * s**2)
-        low = low * (a + b * low**2) / (1 + c * low**2)
+        s, low = halley_map(s, low), halley_map(low, low)
     return (u * s[..., None, :]) @ vt
+
+
+def rational(x, h):
+    """A map of the singular values, scaled by the Schatten-4 norm."""
+    u, s, vt = np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)
+    s = s / np.sum(s**4, axis=-1, keepdims=True) ** 0.25
+    return (u * h(s)[..., None, :]) @ vt
+
+
+def mud(x, passes=1):
+    """Gauss-Seidel over unit outputs, or inputs if they are fewer, one by one."""
+    x = np.asarray(x, np.float64)
+    if x.ndim > 2:
+        return np.stack([mud(y, passes) for y in x])
+    q = x.copy() if x.shape[0] < x.shape[1] else x.T.copy()
+    for _ in range(passes):
+        q /= np.linalg.norm(q, axis=1, keepdims=True)
+        before = q.copy()
+        for i in range(1, len(q)):
+            q[i] -= (before[i] @ before[:i].T) @ q[:i]
+        q /= np.linalg.norm(q, axis=1, keepdims=True)
+    return q if x.shape[0] < x.shape[1] else q.T
 
 
 def polar(x, rank=None):
