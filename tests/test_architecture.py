@@ -102,6 +102,7 @@ CLASSES = [n for n in om.__all__ if inspect.isclass(getattr(om, n))]
 # Functions with other defaults than another one, which documents their arguments.
 PRESETS = {
     "muonw": "muon",
+    "muon_nsr": "muon_vs",
     "distributed_shampoo": "shampoo",
     "kl_soap": "soap",
     "kl_soap_precondition": "soap_precondition",
@@ -238,6 +239,7 @@ def test_registry_names_the_whole_ladder():
         *("sgd", "momentum", "adagrad", "rmsprop", "adam", "adam_l2", "adamw"),
         *("sign_sgd", "lion"),
         *("muon", "muonw", "muonh", "adamh", "adamuon", "normuon", "hopper"),
+        *("muon_vs", "muon_nsr", "muon_squared", "mano"),
         *("shampoo", "distributed_shampoo", "soap", "kl_soap", "soap_muon"),
         *("nanochat_muon", "track3"),
     ]

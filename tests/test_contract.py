@@ -29,6 +29,8 @@ TRANSFORMS = {
     "radial_retract": {"weight_decay": 0.1},
     "scale_by_sign": {},
     "scale_by_variance": {},
+    "scale_by_noise": {},
+    "oblique_tangent": {},
     "scale_by_neuron_variance": {},
     "float32_statistics": {"inner": optax.scale_by_adam()},
     "orthogonalize": {},
@@ -82,6 +84,7 @@ FACTORS = dict.fromkeys(
         "muonh",
         "muonw",
         "normuon",
+        "muon_squared",
         "soap_muon",
         "track3",
         "nanochat_muon",
@@ -90,6 +93,7 @@ FACTORS = dict.fromkeys(
 )
 RETRACTED = {"muonh", "adamh", "track3"}
 DECAYING = {"muonw", "add_cautious_weight_decay", "soap", "kl_soap", "nanochat_muon"}
+DECAYING |= {"mano"}
 # Long to compile, and made of stages that others here have as well (adamuon those of
 # hopper, adamh of muonh, normuon of muon); of preconditioners one is not slow.
 SLOW = {
@@ -97,6 +101,7 @@ SLOW = {
     *("whiten_momentum", "equalize_norms", "radial_brake", "tail_average"),
     *("kl_soap", "soap", "soap_muon", "shampoo", "distributed_shampoo"),
     *("track3", "nanochat_muon", "adamh", "adamuon", "muonh", "muonw", "normuon"),
+    *("muon_vs", "muon_nsr", "muon_squared", "mano"),
     *("orthogonalize_exact", "orthogonalize_cached", "svd_supplement"),
     "precondition_then_orthogonalize",
 }

@@ -2,6 +2,7 @@
 
 from optax_matrix._optimizers.hopper import adamuon, hopper
 from optax_matrix._optimizers.hyperball import adamh, muonh
+from optax_matrix._optimizers.mano import mano
 from optax_matrix._optimizers.muon import muon, muonw
 from optax_matrix._optimizers.nanochat import nanochat_muon
 from optax_matrix._optimizers.normuon import normuon
@@ -13,6 +14,7 @@ from optax_matrix._optimizers.registry import (
 from optax_matrix._optimizers.shampoo import distributed_shampoo, shampoo
 from optax_matrix._optimizers.soap import kl_soap, soap, soap_muon
 from optax_matrix._optimizers.track3 import track3
+from optax_matrix._optimizers.variance import muon_nsr, muon_squared, muon_vs
 
 __all__ = [
     "MATRIX_OPTIMIZERS",
@@ -23,7 +25,11 @@ __all__ = [
     "hopper",
     "kl_soap",
     "make_optimizer",
+    "mano",
     "muon",
+    "muon_nsr",
+    "muon_squared",
+    "muon_vs",
     "muonh",
     "muonw",
     "nanochat_muon",

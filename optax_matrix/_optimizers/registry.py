@@ -8,12 +8,14 @@ import optax
 
 from optax_matrix._optimizers.hopper import adamuon, hopper
 from optax_matrix._optimizers.hyperball import adamh, muonh
+from optax_matrix._optimizers.mano import mano
 from optax_matrix._optimizers.muon import muon, muonw
 from optax_matrix._optimizers.nanochat import nanochat_muon
 from optax_matrix._optimizers.normuon import normuon
 from optax_matrix._optimizers.shampoo import distributed_shampoo, shampoo
 from optax_matrix._optimizers.soap import kl_soap, soap, soap_muon
 from optax_matrix._optimizers.track3 import track3
+from optax_matrix._optimizers.variance import muon_nsr, muon_squared, muon_vs
 
 Factory = Callable[..., optax.GradientTransformation]
 
@@ -59,6 +61,10 @@ _MATRIX: Mapping[str, Factory] = {
         adamuon,
         normuon,
         hopper,
+        muon_vs,
+        muon_nsr,
+        muon_squared,
+        mano,
         shampoo,
         distributed_shampoo,
         soap,

@@ -24,6 +24,10 @@ from optax_matrix._transforms.kl_soap_precondition import kl_soap_precondition
 from optax_matrix._transforms.match_rms import match_rms
 from optax_matrix._transforms.mixed_momentum import MixedMomentumState, mixed_momentum
 from optax_matrix._transforms.normalize_frobenius import normalize_frobenius
+from optax_matrix._transforms.oblique_tangent import (
+    ObliqueTangentState,
+    oblique_tangent,
+)
 from optax_matrix._transforms.orthogonalize import orthogonalize
 from optax_matrix._transforms.orthogonalize_cached import orthogonalize_cached
 from optax_matrix._transforms.orthogonalize_exact import orthogonalize_exact
@@ -40,6 +44,7 @@ from optax_matrix._transforms.scale_by_neuron_variance import (
     ScaleByNeuronVarianceState,
     scale_by_neuron_variance,
 )
+from optax_matrix._transforms.scale_by_noise import ScaleByNoiseState, scale_by_noise
 from optax_matrix._transforms.scale_by_shape import ShapeScale, scale_by_shape
 from optax_matrix._transforms.scale_by_sign import scale_by_sign
 from optax_matrix._transforms.scale_by_variance import (
@@ -64,9 +69,11 @@ __all__ = [
     "HyperballRetractState",
     "MixedMomentumState",
     "PerMatrixState",
+    "ObliqueTangentState",
     "Preconditioner",
     "RadialRetractState",
     "ScaleByNeuronVarianceState",
+    "ScaleByNoiseState",
     "ScaleByVarianceState",
     "Shampoo",
     "ShapeScale",
@@ -85,6 +92,7 @@ __all__ = [
     "match_rms",
     "mixed_momentum",
     "normalize_frobenius",
+    "oblique_tangent",
     "orthogonalize",
     "orthogonalize_cached",
     "orthogonalize_exact",
@@ -95,6 +103,7 @@ __all__ = [
     "radial_retract",
     "rule_of",
     "scale_by_neuron_variance",
+    "scale_by_noise",
     "scale_by_shape",
     "scale_by_sign",
     "scale_by_variance",

@@ -16,6 +16,7 @@ class ScaleByVarianceState(NamedTuple):
 
     count: jax.Array  # int32, updates seen so far
     variance: Any  # V, with the shape of a leaf, float32
+    inner: optax.OptState  # of the transformation whose updates are divided
 
 
 def scale_by_variance(
@@ -23,6 +24,7 @@ def scale_by_variance(
     *,
     eps: ArrayLike = 1e-8,
     debias: bool = True,
+    inner: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divides each entry by the running RMS of that entry of the incoming updates.
 
@@ -33,21 +35,29 @@ def scale_by_variance(
       U_t \leftarrow U_t / (\sqrt{V_t / (1 - \beta^t)} + \epsilon).
 
     Adam's second moment, but of the incoming updates: after an orthogonalization it is
-    AdaMuon's and Hopper's variance, before one it is that of Muon with a second
-    moment. (Adam itself divides the first moment by the variance of the gradient:
-    that is `optax.scale_by_adam`. With raw gradients this is
-    ``optax.scale_by_rms(bias_correction=True)``, whose state follows the dtype of the
-    parameters.)
+    AdaMuon's and Hopper's variance. With ``inner``, what is divided are the updates of
+    another transformation of the same :math:`U_t`: a momentum before an
+    orthogonalization is divided by the variance of the raw gradient in `muon_squared`,
+    and Adam is
+
+    >>> import optax_matrix as om
+    >>> adam = om.scale_by_variance(
+    ...     0.999, inner=om.ema_momentum(0.9, nesterov=False, debias=True)
+    ... )
+
+    Without ``inner`` this is ``optax.scale_by_rms(bias_correction=True)``, whose state
+    follows the dtype of the parameters.
 
     Args:
       b2: :math:`\beta`, in [0, 1).
       eps: :math:`\epsilon`, positive, in the unit of the update, outside the root.
       debias: Whether to divide by :math:`1 - \beta^t`. AdaMuon's paper does not.
+      inner: The transformation whose updates are divided. None: the incoming updates.
 
     Returns:
       A transformation for leaves of any shape. Updates keep their shape and dtype and
       have entries of size about 1; the state is one float32 array per leaf (float64 for
-      float64 leaves).
+      float64 leaves), and that of ``inner``.
 
     Raises:
       ValueError: At construction, for numbers outside these ranges.
@@ -61,6 +71,10 @@ def scale_by_variance(
     _arguments.number("b2", b2, 0.0, 1.0)
     _arguments.number("eps", eps, 0.0, low_open=True)
     _check.boolean("debias", debias)
+    if inner is None:
+        inner = optax.identity()
+    _arguments.transformation("inner", inner)
+    divided = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> ScaleByVarianceState:
         _layout.check_all_floating(params)
@@ -69,11 +83,10 @@ def scale_by_variance(
             return jnp.zeros_like(p, dtype=_numerics.wide_dtype(p))
 
         return ScaleByVarianceState(
-            jnp.zeros((), jnp.int32), jax.tree.map(zeros, params)
+            jnp.zeros((), jnp.int32), jax.tree.map(zeros, params), divided.init(params)
         )
 
     def update(updates, state, params=None, **extra_args):
-        del params, extra_args
         count = _numerics.next_count(state.count)
 
         def average(u: jax.Array, v: jax.Array) -> jax.Array:
@@ -86,7 +99,8 @@ def scale_by_variance(
             return (_numerics.wide(u) / rms).astype(u.dtype)
 
         variance = jax.tree.map(average, updates, state.variance)
-        scaled = jax.tree.map(rescale, updates, variance)
-        return scaled, ScaleByVarianceState(count, variance)
+        given, inner_state = divided.update(updates, state.inner, params, **extra_args)
+        scaled = jax.tree.map(rescale, given, variance)
+        return scaled, ScaleByVarianceState(count, variance, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -55,6 +55,7 @@ BAD = {
     "factor_dtype": NO_DTYPES,
     "first": NO_TRANSFORMATIONS,
     "floor": not_negative(SCHEDULE),
+    "gamma": not_negative(SCHEDULE),
     "graft": ("lion", 3, optax.adam, {}, True),
     "horizon": (*NO_NUMBERS, 0.5, SCHEDULE),
     "initial": positive(SCHEDULE),

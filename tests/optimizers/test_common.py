@@ -42,6 +42,7 @@ EMPTY = {"a": (0, 4), "b": (4, 0), "c": (2, 0, 4)}
 SLOW = {
     *("kl_soap", "soap_muon", "distributed_shampoo", "shampoo", "track3"),
     *("muonw", "muonh", "normuon", "adamuon", "nanochat_muon"),
+    *("muon_vs", "muon_nsr", "muon_squared"),
 }
 some = pytest.mark.parametrize(
     "name",
@@ -187,13 +188,14 @@ def test_weight_decay_may_be_a_schedule():
 
 
 SPECTRAL = {"muon", "muonw", "normuon", "muonh", "adamh", "soap_muon", "track3"}
-SPECTRAL |= {"nanochat_muon"}
+SPECTRAL |= {"nanochat_muon", "muon_squared"}
 FACTORS = [(name, {}, 0.15 if name in SPECTRAL else 1.0) for name in OPTIMIZERS]
 FACTORS += [
     (name, {"shape_scale": "rms"}, 1.0)
-    for name in ("muon", "muonw", "normuon", "soap_muon")
+    for name in ("muon", "muonw", "normuon", "soap_muon", "muon_squared")
 ]
 FACTORS += [("muon", {"shape_scale": rule}, 0.15) for rule in (None, "mup")]
+FACTORS += [("muon_vs", {"shape_scale": "spectral"}, 0.15)]
 
 
 def adamw(rate):

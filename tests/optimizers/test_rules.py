@@ -35,6 +35,18 @@ CASES = {
     "adamh": (om.adamh, reference.adamh, {}),
     "normuon": (om.normuon, reference.normuon, {}),
     "adamuon": (om.adamuon, reference.adamuon, {}),
+    "muon_vs": (om.muon_vs, reference.muon_vs, {}),
+    "muon_nsr": (om.muon_nsr, reference.muon_vs, {"gamma": 10.0}),
+    "muon_squared": (
+        lambda lr: om.muon_squared(
+            lr,
+            weight_decay=0.0125,
+            orthogonalize=om.NewtonSchulz(12, coefficients="track3"),
+        ),
+        reference.muon_squared,
+        {"weight_decay": 0.0125, "steps": 12, "coefficients": (2.0, -1.5, 0.5)},
+    ),
+    "mano": (om.mano, reference.mano, {}),
     "hopper": (om.hopper, reference.hopper, {}),
     "hopper, 5 steps": (
         lambda lr: om.hopper(lr, orthogonalize="newton_schulz"),

@@ -8,11 +8,11 @@ import numpy as np
 JORDAN = (3.4445, -4.7750, 2.0315)
 
 
-def newton_schulz(x, steps=5):
-    """Five steps of the quintic of KellerJordan/Muon."""
+def newton_schulz(x, steps=5, coefficients=JORDAN):
+    """Steps of a quintic, by default five of KellerJordan/Muon."""
     norm = np.linalg.norm(x)
     x = x / norm if norm else x
-    a, b, c = JORDAN
+    a, b, c = coefficients
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -162,6 +162,55 @@ def hopper(w, grads, lr, steps=1, variance="post", rms=0.2, eps=1e-8):
         adam = adam_directions(grads, 0.9, 0.999, eps)
         directions = [newton_schulz(u, steps) for u in adam]
     return descend(w, [with_rms(d, rms) for d in directions], lr)
+
+
+def noise_scaled(grads, beta=0.95, gamma=None, eps=1e-8):
+    """The input of the orthogonalization in Muon-VS, or with `gamma` in Muon-NSR."""
+    m, v, out = 0.0, 0.0, []
+    for t, g in enumerate(np.asarray(grads, np.float64), start=1):
+        v = beta * v + beta * (1 - beta) * (m - g) ** 2
+        m = beta * m + (1 - beta) * g
+        m_hat, v_hat = m / (1 - beta**t), v / (1 - beta**t)
+        signal = g + beta / (1 - beta) * m_hat
+        square = v_hat if gamma is None else signal**2 + gamma * v_hat
+        out.append(signal / (np.sqrt(square) + eps))
+    return np.stack(out)
+
+
+def muon_vs(w, grads, lr, weight_decay=0.0, gamma=None):
+    """arXiv:2601.14603, with Moonlight's factor of the shape."""
+    scale = 0.2 * np.sqrt(max(np.shape(w)))
+    directions = [scale * newton_schulz(u) for u in noise_scaled(grads, gamma=gamma)]
+    return descend(w, directions, lr, weight_decay)
+
+
+def muon_squared(
+    w, grads, lr, weight_decay=0.0, steps=5, coefficients=JORDAN, nesterov=True
+):
+    """arXiv:2604.09967 as modded-nanogpt's script has it, with columns for outputs."""
+    m, v, directions = 0.0, 0.0, []
+    for g in np.asarray(grads, np.float64):
+        m = 0.95 * m + 0.05 * g
+        v = 0.95 * v + 0.05 * g**2
+        u = (0.05 * g + 0.95 * m) if nesterov else m
+        u = newton_schulz(u / (np.sqrt(v) + 1e-10), steps, coefficients)
+        directions.append(u * spectral(np.shape(w)))
+    return descend(w, directions, lr, weight_decay)
+
+
+def mano(w, grads, lr, weight_decay=0.1, nesterov=False):
+    """The authors' mano.py (arXiv:2601.23000), whose axis 0 is the outputs, here 1."""
+    w, buffer, out = np.asarray(w, np.float64), 0.0, []
+    for t, g in enumerate(np.asarray(grads, np.float64)):
+        axis = 1 - t % 2
+        buffer = 0.95 * buffer + g
+        u = g + 0.95 * buffer if nesterov else buffer
+        unit = w / np.maximum(np.linalg.norm(w, axis=axis, keepdims=True), 1e-8)
+        u = u - (u * unit).sum(axis=axis, keepdims=True) * unit
+        u = u / np.maximum(np.linalg.norm(u, axis=axis, keepdims=True), 1e-8)
+        w = (1 - lr * weight_decay) * w - lr * 0.2 * np.sqrt(w.shape[axis]) * u
+        out.append(w)
+    return np.stack(out)
 
 
 def track3(w, directions, rates, *, outward=0.5, floor=0.3825, weight_decay=0.025):

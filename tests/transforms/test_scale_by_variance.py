@@ -36,6 +36,29 @@ def test_equals_optax_rms_with_bias_correction():
     np.testing.assert_allclose(jnp.stack(got), jnp.stack(want), rtol=1e-6)
 
 
+def test_adam_divides_a_momentum_by_the_variance_of_the_gradient():
+    grads = list(problems.normal((5, 4, 3)))
+    momentum = om.ema_momentum(0.9, nesterov=False, debias=True)
+    got, state = problems.unroll(om.scale_by_variance(0.99, inner=momentum), grads)
+    want, adam = problems.unroll(optax.scale_by_adam(0.9, 0.99), grads)
+    np.testing.assert_allclose(jnp.stack(got), jnp.stack(want), rtol=1e-5)
+    np.testing.assert_allclose(state.inner.momentum, adam.mu, rtol=1e-5)
+
+
+def test_the_inner_transformation_sees_parameters_and_extra_arguments():
+    def scale(updates, state, params, *, value):
+        return updates * params * value, state
+
+    inner = optax.GradientTransformationExtraArgs(optax.init_empty_state, scale)
+    tx, g, w = (
+        om.scale_by_variance(inner=inner),
+        jnp.ones((3, 2)),
+        jnp.full((3, 2), 2.0),
+    )
+    got, _ = tx.update(g, tx.init(w), w, value=3.0)
+    np.testing.assert_allclose(got, 6 * w / 2, rtol=1e-6)
+
+
 def test_zero_stays_zero():
     zeros = jnp.zeros((3, 2))
     got, _ = problems.unroll(om.scale_by_variance(), [zeros, zeros])
