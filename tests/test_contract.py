@@ -104,6 +104,7 @@ SLOW = {
     *("muon_vs", "muon_nsr", "muon_squared", "mano"),
     *("orthogonalize_exact", "orthogonalize_cached", "svd_supplement"),
     "precondition_then_orthogonalize",
+    *("scale_by_noise", "oblique_tangent"),
 }
 
 

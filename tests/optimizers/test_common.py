@@ -10,7 +10,16 @@ import optax_matrix as om
 from tests import problems
 from tests.transforms.every import OPTIMIZERS
 
-every = pytest.mark.parametrize("name", OPTIMIZERS)
+# Chains of `muon` or `adamw` in which one stage is another, with tests of its own.
+VARIANTS = {"muon_vs", "muon_nsr", "muon_squared", "mano"}
+
+
+def case(name, *rest, slow=VARIANTS):
+    """A parameter, marked slow where its name says so."""
+    return pytest.param(name, *rest, marks=[pytest.mark.slow] if name in slow else [])
+
+
+every = pytest.mark.parametrize("name", [case(name) for name in OPTIMIZERS])
 STEPS = 4
 
 
@@ -42,15 +51,9 @@ EMPTY = {"a": (0, 4), "b": (4, 0), "c": (2, 0, 4)}
 SLOW = {
     *("kl_soap", "soap_muon", "distributed_shampoo", "shampoo", "track3"),
     *("muonw", "muonh", "normuon", "adamuon", "nanochat_muon"),
-    *("muon_vs", "muon_nsr", "muon_squared"),
+    *VARIANTS,
 }
-some = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
-        for name in OPTIMIZERS
-    ],
-)
+some = pytest.mark.parametrize("name", [case(n, slow=SLOW) for n in OPTIMIZERS])
 
 
 @some
@@ -85,7 +88,7 @@ MOMENTS = dict.fromkeys(OPTIMIZERS, 1) | {
 @pytest.mark.parametrize(
     "name, settings, count",
     [
-        *((name, {}, count) for name, count in MOMENTS.items()),
+        *(case(name, {}, count) for name, count in MOMENTS.items()),
         ("hopper", {"variance": "pre"}, 1),
         pytest.param("shampoo", {"graft": "sgd"}, 2, marks=pytest.mark.slow),
         pytest.param("shampoo", {"graft": "rmsprop"}, 1, marks=pytest.mark.slow),
@@ -202,7 +205,9 @@ def adamw(rate):
     return optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.0)
 
 
-@pytest.mark.parametrize("name, settings, factor", FACTORS, ids=str)
+@pytest.mark.parametrize(
+    "name, settings, factor", [case(*factor) for factor in FACTORS], ids=str
+)
 def test_the_default_rate_of_the_auxiliary_optimizer(name, settings, factor):
     # A matrix without entries, because others take longer to compile.
     params = {"kernel": jnp.ones((0, 4)), "bias": problems.normal((4,), 1)}

@@ -61,8 +61,21 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 1)])
-@pytest.mark.parametrize("name", CASES)
+SHAPES = [(7, 4), (4, 7), (5, 1)]
+# Their own stage is compared for other shapes in tests/transforms.
+ONE_SHAPE = {"muon_vs", "muon_nsr", "muon_squared", "mano"}
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        pytest.param(
+            name, shape, marks=[pytest.mark.slow] if name in ONE_SHAPE and i else []
+        )
+        for name in CASES
+        for i, shape in enumerate(SHAPES)
+    ],
+)
 def test_agrees_with_the_published_rule_in_float64(name, shape):
     factory, rule, settings = CASES[name]
     with jax.enable_x64(True):
