@@ -101,7 +101,8 @@ def muon_nsr() -> None:
 
     References:
       Variance-adaptive Muon, 2026, `arXiv:2601.14603
-      <https://arxiv.org/abs/2601.14603>`_.
+      <https://arxiv.org/abs/2601.14603>`_. The authors' files have 10 or 1000 as the
+      default of ``gamma``.
     """
 
 

@@ -43,8 +43,8 @@ def scale_by_noise(
       U_t = \frac{S_t}{\sqrt{S_t^2 + \gamma \hat V_t} + \epsilon} \;
       (\text{Muon-NSR}, \; \gamma = \text{gamma}).
 
-    It takes the place of `ema_momentum` before an orthogonalization, which makes
-    entries with much noise count less. :math:`S_t` is :math:`1/(1-\beta)` times
+    It takes the place of `ema_momentum` before an orthogonalization, so that entries
+    with much noise count less. :math:`S_t` is :math:`1/(1-\beta)` times
     the look-ahead of `ema_momentum`.
 
     Args:
@@ -74,7 +74,8 @@ def scale_by_noise(
     References:
       Variance-adaptive Muon, 2026, `arXiv:2601.14603
       <https://arxiv.org/abs/2601.14603>`_. :math:`\epsilon` is outside the root, as in
-      the authors' code. Differs: the code also rescales gradients of a norm below 1.
+      the authors' code. Differs: one of their files also scales gradients of a norm
+      below 1 up to 1.
     """
     _arguments.number_or_schedule("momentum", momentum, 0.0, 1.0)
     if gamma is not None:
