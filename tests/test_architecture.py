@@ -238,7 +238,8 @@ def test_registry_names_the_whole_ladder():
     assert list(om.OPTIMIZERS) == [
         *("sgd", "momentum", "adagrad", "rmsprop", "adam", "adam_l2", "adamw"),
         *("sign_sgd", "lion"),
-        *("muon", "muonw", "muonh", "adamh", "adamuon", "normuon", "hopper"),
+        *("muon", "muonw", "muonh", "adamh", "adamuon", "normuon"),
+        *("dion", "muown", "hopper"),
         *("muon_vs", "muon_nsr", "muon_squared", "mano"),
         *("shampoo", "distributed_shampoo", "soap", "kl_soap", "soap_muon"),
         *("nanochat_muon", "track3"),

@@ -39,6 +39,11 @@ TRANSFORMS = {
     "orthogonalize_exact": {},
     "orthogonalize_cached": {"every": 2},
     "svd_supplement": {"every": 2},
+    "orthogonalize_with_feedback": {},
+    "weight_normalized": {
+        "direction": om.ema_momentum(),
+        "magnitude": optax.scale_by_adam(),
+    },
     "scale_by_shape": {},
     "match_rms": {},
     "normalize_frobenius": {},
@@ -85,15 +90,16 @@ FACTORS = dict.fromkeys(
         "muonw",
         "normuon",
         "muon_squared",
+        "dion",
         "soap_muon",
         "track3",
         "nanochat_muon",
     ),
     0.15,
 )
-RETRACTED = {"muonh", "adamh", "track3"}
+RETRACTED = {"muonh", "adamh", "track3", "muown"}
 DECAYING = {"muonw", "add_cautious_weight_decay", "soap", "kl_soap", "nanochat_muon"}
-DECAYING |= {"mano"}
+DECAYING |= {"mano", "dion"}
 # Long to compile, and made of stages that others here have as well (adamuon those of
 # hopper, adamh of muonh, normuon of muon); of preconditioners one is not slow.
 SLOW = {
@@ -101,6 +107,7 @@ SLOW = {
     *("whiten_momentum", "equalize_norms", "radial_brake", "tail_average"),
     *("kl_soap", "soap", "soap_muon", "shampoo", "distributed_shampoo"),
     *("track3", "nanochat_muon", "adamh", "adamuon", "muonh", "muonw", "normuon"),
+    *("dion", "muown", "orthogonalize_with_feedback", "weight_normalized"),
     *("muon_vs", "muon_nsr", "muon_squared", "mano"),
     *("orthogonalize_exact", "orthogonalize_cached", "svd_supplement"),
     "precondition_then_orthogonalize",

@@ -35,6 +35,8 @@ LEARNING_RATES = {
     "adamh": 0.01,
     "adamuon": 3e-3,
     "normuon": 0.06,
+    "dion": 0.02,
+    "muown": 3e-3,
     "hopper": 3e-3,
     "muon_vs": 6e-3,
     "muon_nsr": 6e-3,

@@ -7,6 +7,7 @@ from optax_matrix._linalg.coefficients import (
 )
 from optax_matrix._linalg.eigenbases import eigenbasis, power_product, q_factor
 from optax_matrix._linalg.exact import exact_polar
+from optax_matrix._linalg.largest_slices import LargestSlices
 from optax_matrix._linalg.minimax import polar_express_rows
 from optax_matrix._linalg.newton_schulz import (
     block_gain,
@@ -40,6 +41,7 @@ __all__ = [
     "CoefficientTable",
     "Exact",
     "Halley",
+    "LargestSlices",
     "NewtonSchulz",
     "PolarMethod",
     "Root",

@@ -1,9 +1,11 @@
 """The named optimizers: chains of transforms, each its own definition."""
 
+from optax_matrix._optimizers.dion import dion
 from optax_matrix._optimizers.hopper import adamuon, hopper
 from optax_matrix._optimizers.hyperball import adamh, muonh
 from optax_matrix._optimizers.mano import mano
 from optax_matrix._optimizers.muon import muon, muonw
+from optax_matrix._optimizers.muown import muown
 from optax_matrix._optimizers.nanochat import nanochat_muon
 from optax_matrix._optimizers.normuon import normuon
 from optax_matrix._optimizers.registry import (
@@ -21,6 +23,7 @@ __all__ = [
     "OPTIMIZERS",
     "adamh",
     "adamuon",
+    "dion",
     "distributed_shampoo",
     "hopper",
     "kl_soap",
@@ -32,6 +35,7 @@ __all__ = [
     "muon_vs",
     "muonh",
     "muonw",
+    "muown",
     "nanochat_muon",
     "normuon",
     "shampoo",

@@ -90,9 +90,13 @@ def adam(
     b2: ArrayLike,
     eps: ArrayLike,
     mu_dtype: DTypeLike | None,
+    name: str = "momentum",
 ) -> optax.GradientTransformation:
-    """Returns Adam's direction, checked, with statistics in float32."""
-    _arguments.number_or_schedule("momentum", momentum, 0.0, 1.0)
+    """Returns Adam's direction, checked, with statistics in float32.
+
+    `name` is that of the momentum in errors.
+    """
+    _arguments.number_or_schedule(name, momentum, 0.0, 1.0)
     _arguments.number("b2", b2, 0.0, 1.0)
     _arguments.number("eps", eps, 0.0, low_open=True)
     mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)

@@ -6,21 +6,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _layout, _linalg, _placement, _routing, _transforms
-from optax_matrix._optimizers import _routed
-
-# Polar Express for five steps, by nanochat's safety factor and cushion; it divides the
-# matrix by 1.01, which is part of the first row here.
-_ROWS = (
-    (
-        8.156554524902461 / 1.01,
-        -22.48329292557795 / 1.01**3,
-        15.878769915207462 / 1.01**5,
-    ),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
+from optax_matrix._optimizers import _polar_express, _routed
 
 
 @_routed.documented("0.15")
@@ -28,9 +14,7 @@ def nanochat_muon(
     learning_rate: optax.ScalarOrSchedule = 0.02,
     *,
     momentum: optax.ScalarOrSchedule = 0.95,
-    orthogonalize: str | _linalg.PolarMethod | None = _linalg.NewtonSchulz(
-        5, coefficients=_ROWS
-    ),
+    orthogonalize: str | _linalg.PolarMethod | None = _polar_express.five_steps(1.01),
     b2: ArrayLike = 0.9,
     eps: ArrayLike = 1e-10,
     weight_decay: optax.ScalarOrSchedule = 0.28,

@@ -6,10 +6,12 @@ from typing import Any
 
 import optax
 
+from optax_matrix._optimizers.dion import dion
 from optax_matrix._optimizers.hopper import adamuon, hopper
 from optax_matrix._optimizers.hyperball import adamh, muonh
 from optax_matrix._optimizers.mano import mano
 from optax_matrix._optimizers.muon import muon, muonw
+from optax_matrix._optimizers.muown import muown
 from optax_matrix._optimizers.nanochat import nanochat_muon
 from optax_matrix._optimizers.normuon import normuon
 from optax_matrix._optimizers.shampoo import distributed_shampoo, shampoo
@@ -60,6 +62,8 @@ _MATRIX: Mapping[str, Factory] = {
         adamh,
         adamuon,
         normuon,
+        dion,
+        muown,
         hopper,
         muon_vs,
         muon_nsr,

@@ -35,6 +35,10 @@ from optax_matrix._transforms.orthogonalize_halley import orthogonalize_halley
 from optax_matrix._transforms.orthogonalize_newton_schulz import (
     orthogonalize_newton_schulz,
 )
+from optax_matrix._transforms.orthogonalize_with_feedback import (
+    OrthogonalizeWithFeedbackState,
+    orthogonalize_with_feedback,
+)
 from optax_matrix._transforms.precondition_then_orthogonalize import (
     precondition_then_orthogonalize,
 )
@@ -56,6 +60,10 @@ from optax_matrix._transforms.soap_precondition import soap_precondition
 from optax_matrix._transforms.svd_supplement import svd_supplement
 from optax_matrix._transforms.switch_at import SwitchAtState, switch_at
 from optax_matrix._transforms.tail_average import TailAverageState, tail_average
+from optax_matrix._transforms.weight_normalized import (
+    WeightNormalizedState,
+    weight_normalized,
+)
 from optax_matrix._transforms.whiten_momentum import whiten_momentum
 
 __all__ = [
@@ -68,8 +76,9 @@ __all__ = [
     "Health",
     "HyperballRetractState",
     "MixedMomentumState",
-    "PerMatrixState",
     "ObliqueTangentState",
+    "OrthogonalizeWithFeedbackState",
+    "PerMatrixState",
     "Preconditioner",
     "RadialRetractState",
     "ScaleByNeuronVarianceState",
@@ -79,6 +88,7 @@ __all__ = [
     "ShapeScale",
     "SwitchAtState",
     "TailAverageState",
+    "WeightNormalizedState",
     "add_cautious_weight_decay",
     "ema_lookahead",
     "ema_momentum",
@@ -98,6 +108,7 @@ __all__ = [
     "orthogonalize_exact",
     "orthogonalize_halley",
     "orthogonalize_newton_schulz",
+    "orthogonalize_with_feedback",
     "precondition_then_orthogonalize",
     "radial_brake",
     "radial_retract",
@@ -112,5 +123,6 @@ __all__ = [
     "svd_supplement",
     "switch_at",
     "tail_average",
+    "weight_normalized",
     "whiten_momentum",
 ]

@@ -54,6 +54,7 @@ BAD = {
     "factor_b2": in_unit(SCHEDULE),
     "factor_dtype": NO_DTYPES,
     "first": NO_TRANSFORMATIONS,
+    "fraction": (*NO_NUMBERS, 0.0, -0.1, 1.5, SCHEDULE),
     "floor": not_negative(SCHEDULE),
     "gamma": not_negative(SCHEDULE),
     "graft": ("lion", 3, optax.adam, {}, True),
@@ -64,6 +65,7 @@ BAD = {
     "learning_rate": not_negative(),
     "lower_bound": ("a", True, 0.0, 1.5, NAN, SCHEDULE),
     "magnitude": NO_TRANSFORMATIONS,
+    "magnitude_momentum": in_unit(),
     "max_dim": (*NO_INTEGERS, 0),
     "max_failures": (*NO_INTEGERS, 0),
     "max_scale": positive(SCHEDULE),
@@ -106,13 +108,15 @@ CHECKED_LATER = {"layout", "routing", "weight_decay_mask"}
 # Where errors have the name of the argument of the optimizers.
 NAMED = {
     ("orthogonalize", "method"): "orthogonalize",
+    ("orthogonalize_with_feedback", "method"): "orthogonalize",
+    ("LargestSlices", "method"): "orthogonalize",
     ("precondition_then_orthogonalize", "method"): "orthogonalize",
 }
 SETTINGS = {
     kind.__name__: kind
     for kind in (
         *(om.SOAP, om.KL, om.Shampoo),
-        *(om.NewtonSchulz, om.Halley, om.Zolotarev, om.MUD, om.Exact),
+        *(om.NewtonSchulz, om.Halley, om.Zolotarev, om.MUD, om.Exact, om.LargestSlices),
     )
 }
 REQUIRED = {
@@ -122,6 +126,10 @@ REQUIRED = {
     "graft_to": {"magnitude": optax.identity(), "direction": optax.identity()},
     "precondition_then_orthogonalize": {"precondition": optax.identity()},
     "tail_average": {"inner": optax.identity(), "start": 1},
+    "weight_normalized": {
+        "direction": optax.identity(),
+        "magnitude": optax.identity(),
+    },
     "switch_at": {"step": 1, "first": optax.identity(), "second": optax.identity()},
     "NewtonSchulz": {"coefficients": "polar_express"},
 }

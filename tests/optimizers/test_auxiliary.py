@@ -58,7 +58,7 @@ def test_schedules_drive_both():
 
 # As soap, muon and shampoo.
 SLOW = {"kl_soap", "soap_muon", "nanochat_muon", "track3", "distributed_shampoo"}
-SLOW |= {"muon_vs", "muon_nsr", "muon_squared", "mano"}
+SLOW |= {"muon_vs", "muon_nsr", "muon_squared", "mano", "dion", "muown"}
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ EMPTY = {"a": (0, 4), "b": (4, 0), "c": (2, 0, 4)}
 # Long to compile, and made of stages that others have as well.
 SLOW = {
     *("kl_soap", "soap_muon", "distributed_shampoo", "shampoo", "track3"),
-    *("muonw", "muonh", "normuon", "adamuon", "nanochat_muon"),
+    *("muonw", "muonh", "normuon", "adamuon", "nanochat_muon", "dion", "muown"),
     *VARIANTS,
 }
 some = pytest.mark.parametrize("name", [case(n, slow=SLOW) for n in OPTIMIZERS])
@@ -191,11 +191,11 @@ def test_weight_decay_may_be_a_schedule():
 
 
 SPECTRAL = {"muon", "muonw", "normuon", "muonh", "adamh", "soap_muon", "track3"}
-SPECTRAL |= {"nanochat_muon", "muon_squared"}
+SPECTRAL |= {"nanochat_muon", "muon_squared", "dion"}
 FACTORS = [(name, {}, 0.15 if name in SPECTRAL else 1.0) for name in OPTIMIZERS]
 FACTORS += [
     (name, {"shape_scale": "rms"}, 1.0)
-    for name in ("muon", "muonw", "normuon", "soap_muon", "muon_squared")
+    for name in ("muon", "muonw", "normuon", "dion", "soap_muon", "muon_squared")
 ]
 FACTORS += [("muon", {"shape_scale": rule}, 0.15) for rule in (None, "mup")]
 FACTORS += [("muon_vs", {"shape_scale": "spectral"}, 0.15)]

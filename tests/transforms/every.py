@@ -16,6 +16,9 @@ MADE = {
         om.soap_precondition()
     ),
     "tail_average": lambda: om.tail_average(om.ema_momentum(), start=1),
+    "weight_normalized": lambda: om.weight_normalized(
+        om.ema_momentum(), optax.scale_by_adam()
+    ),
     "switch_at": lambda: om.switch_at(1, om.match_rms(), om.ema_momentum()),
 }
 

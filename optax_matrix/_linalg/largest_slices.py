@@ -1,0 +1,87 @@
+"""Orthogonalizes the largest inputs or outputs of a matrix only."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from optax_matrix import _check
+from optax_matrix._linalg.numerics import at_least_float32
+from optax_matrix._linalg.polar import NewtonSchulz, PolarMethod, as_method
+
+
+@dataclass(frozen=True)
+class LargestSlices:
+    """Orthogonalizes the largest slices of a matrix; all others become zero.
+
+    The slices are the inputs or the outputs, whichever are fewer, and the outputs of a
+    square matrix. The ``ceil(fraction * min(inputs, outputs))`` slices with the largest
+    sums of absolute values make a smaller matrix, and its polar factor is put in their
+    places. Equal sums are taken in order, and NaN counts as largest.
+
+    Args:
+      fraction: The share of the slices, in (0, 1]. 1 is `method` itself.
+      method: How to orthogonalize the smaller matrix, as in `orthogonalize`.
+
+    Raises:
+      ValueError: If `fraction` is not in (0, 1], or for an unknown method.
+      TypeError: If `fraction` is not a Python number, or `method` is not a method.
+
+    Example:
+      >>> x = jnp.array([[3.0, 1.0], [0.0, 1.0], [4.0, 1.0]])
+      >>> print(LargestSlices(0.5, "exact").polar(x))
+      [[0.6 0. ]
+       [0.  0. ]
+       [0.8 0. ]]
+
+    References:
+      Ahn et al., 2025, Dion2, `arXiv:2512.16928 <https://arxiv.org/abs/2512.16928>`_.
+    """
+
+    # On a mesh it could be given a square matrix transposed, and select inputs.
+    transposable: ClassVar[bool] = False
+    fraction: float = 0.25
+    method: str | PolarMethod = NewtonSchulz()
+
+    def __post_init__(self) -> None:
+        """Checks the arguments and stores the method of a name."""
+        _check.static_number("fraction", self.fraction)
+        _check.in_range(
+            "fraction", self.fraction, 0.0, 1.0, low_open=True, high_open=False
+        )
+        object.__setattr__(self, "method", as_method(self.method))
+
+    def polar(self, x: Array) -> Array:
+        """Orthogonalizes the largest slices of each matrix of (..., m, n)."""
+        m, n = x.shape[-2:]
+        count = self._count(m, n)
+        axis, across = (-2, -1) if m < n else (-1, -2)
+        sums = jnp.sum(jnp.abs(x), across, at_least_float32(x.dtype), keepdims=True)
+        sums = jnp.where(jnp.isnan(sums), jnp.inf, sums)
+        order = jnp.argsort(sums, axis, stable=True, descending=True)
+        rank = jnp.argsort(order, axis)
+        largest = jax.lax.slice_in_dim(order, 0, count, axis=axis % x.ndim)
+        part = jnp.take_along_axis(x, largest, axis)
+        polar = as_method(self.method).polar(part)
+        # Gathers are faster than a scatter.
+        spread = jnp.take_along_axis(polar, jnp.minimum(rank, count - 1), axis)
+        return jnp.where(rank < count, spread, 0)
+
+    def flops(
+        self,
+        m: int,
+        n: int,
+        dtype: DTypeLike = "float32",
+        backend: str | None = None,
+    ) -> int:
+        """Returns the FLOPs of the smaller matrix, which `method` has a formula for."""
+        return getattr(self.method, "flops")(  # noqa: B009
+            max(m, n), self._count(m, n), dtype, backend
+        )
+
+    def _count(self, m: int, n: int) -> int:
+        return math.ceil(self.fraction * min(m, n))

@@ -1,0 +1,129 @@
+"""Trains the direction and the norm of the weights of each output separately."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_matrix import _check, _layout
+from optax_matrix._transforms import _arguments, _numerics
+
+# The least norm of an output; an output that is zero is taken for one of this norm.
+TINY = 1e-12
+
+
+class WeightNormalizedState(NamedTuple):
+    """State of `weight_normalized`."""
+
+    # ‖v‖ with the sign of g, float32: like a leaf, but input axes have size 1.
+    length: Any
+    direction: optax.OptState
+    magnitude: optax.OptState
+
+
+def weight_normalized(
+    direction: optax.GradientTransformation,
+    magnitude: optax.GradientTransformation,
+    *,
+    layout: _layout.Layout = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Optimizes :math:`W = g v / \|v\|` of each output, for ordinary parameters.
+
+    For the weights :math:`w` of one output with gradient :math:`d` and the unit vector
+    :math:`u = w / g`, the gradients of weight normalization are
+
+    .. math::
+      d_g = \langle d, u \rangle, \qquad
+      d_v = \frac{g}{\|v\|} \left( d - d_g u \right).
+
+    ``direction`` and ``magnitude`` turn them into steps, including learning rates and
+    signs, and
+
+    .. math::
+      v \leftarrow v + \Delta v, \qquad
+      g \leftarrow g + \Delta g, \qquad
+      w \leftarrow g v / \|v\|.
+
+    At first :math:`v = w`. Its norm is not reset: steps across :math:`v` lengthen it,
+    so that steps of a given size turn it less and less.
+
+    Args:
+      direction: An optimizer of :math:`V`, which it gets as ``params``, with the shapes
+        of the parameters.
+      magnitude: An optimizer of :math:`g`, with the shapes of the parameters but input
+        axes of size 1, or one entry per input block of a fused leaf.
+      layout: Which axes of a leaf are the matrix, see `MatrixLayout`. None: the last
+        two are (inputs, outputs).
+
+    Returns:
+      A transformation that needs ``params`` and returns the step of :math:`W`. The
+      state is one number per output, and those of the two optimizers. :math:`g` is the
+      norm of the parameters, so that further stages may change the step, as weight
+      decay does. An output that is zero has :math:`g = \|v\| = 10^{-12}`: the first
+      step gives it a direction of that norm, and ``magnitude`` its size from then on.
+
+    Raises:
+      ValueError: At ``init``, if a leaf does not fit ``layout``, with its path; in
+        ``update`` without ``params``.
+      TypeError: At construction, if either is not a transformation; at ``init``, for
+        leaves that are not real floating, with their paths.
+
+    Precision:
+      The step is rounded to the dtype of the updates: in bfloat16, turns and changes of
+      the norm by less than a few thousandths are lost.
+
+    References:
+      Salimans and Kingma, 2016, `arXiv:1602.07868 <https://arxiv.org/abs/1602.07868>`_;
+      Muown, 2026, `arXiv:2605.10797 <https://arxiv.org/abs/2605.10797>`_.
+    """
+    _arguments.transformation("direction", direction)
+    _arguments.transformation("magnitude", magnitude)
+    ways = optax.with_extra_args_support(direction)
+    sizes = optax.with_extra_args_support(magnitude)
+
+    def lengths(tree: optax.Params) -> Any:
+        def length(view: _layout.MatrixView, x: jax.Array) -> jax.Array:
+            norm = _numerics.output_norms(view, _numerics.wide(x))
+            return jnp.maximum(norm, TINY)
+
+        return _layout.tree_map(length, layout, tree, keep_boxes=False)
+
+    def init(params: optax.Params) -> WeightNormalizedState:
+        norms, v = lengths(params), jax.tree.map(_numerics.wide, params)
+        return WeightNormalizedState(norms, ways.init(v), sizes.init(norms))
+
+    def update(updates, state, params=None, **extra_args):
+        _check.params_given(params, "weight_normalized")
+        norms = lengths(params)
+        g = jax.tree.map(jnp.copysign, norms, state.length)
+
+        def across(view, d, w, g, length):
+            u = _numerics.wide(w) / view.expand(g)
+            d = d.astype(u.dtype)
+            along = view.sum(d * u, outputs=False)
+            return (d - view.expand(along) * u) * view.expand(g / jnp.abs(length))
+
+        def along(view, d, w, g):
+            u = _numerics.wide(w) / view.expand(g)
+            return view.sum(d.astype(u.dtype) * u, outputs=False)
+
+        def stretch(view, w, norm, length):
+            return _numerics.wide(w) * view.expand(length / norm)
+
+        def compose(view, d, w, v, g):
+            norm = _numerics.output_norms(view, v)
+            end = _numerics.divide_or_zero(v, view.expand(norm)) * view.expand(g)
+            return (end - w.astype(end.dtype)).astype(d.dtype)
+
+        v = _layout.tree_map(stretch, layout, params, norms, state.length)
+        d_v = _layout.tree_map(across, layout, updates, params, g, state.length)
+        d_g = _layout.tree_map(along, layout, updates, params, g, keep_boxes=False)
+        v_step, direction_state = ways.update(d_v, state.direction, v, **extra_args)
+        g_step, magnitude_state = sizes.update(d_g, state.magnitude, g, **extra_args)
+        v, g = optax.apply_updates(v, v_step), optax.apply_updates(g, g_step)
+        step = _layout.tree_map(compose, layout, updates, params, v, g)
+        length = jax.tree.map(jnp.copysign, lengths(v), g)
+        return step, WeightNormalizedState(length, direction_state, magnitude_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
