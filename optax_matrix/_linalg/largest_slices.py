@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from optax_matrix import _check
 from optax_matrix._linalg.numerics import at_least_float32
-from optax_matrix._linalg.polar import NewtonSchulz, PolarMethod, as_method
+from optax_matrix._linalg.polar import PolarMethod, as_method
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class LargestSlices:
     # On a mesh it could be given a square matrix transposed, and select inputs.
     transposable: ClassVar[bool] = False
     fraction: float = 0.25
-    method: str | PolarMethod = NewtonSchulz()
+    method: str | PolarMethod = "newton_schulz"
 
     def __post_init__(self) -> None:
         """Checks the arguments and stores the method of a name."""
@@ -78,10 +78,9 @@ class LargestSlices:
         dtype: DTypeLike = "float32",
         backend: str | None = None,
     ) -> int:
-        """Returns the FLOPs of the smaller matrix, which `method` has a formula for."""
-        return getattr(self.method, "flops")(  # noqa: B009
-            max(m, n), self._count(m, n), dtype, backend
-        )
+        """Returns the FLOPs of the smaller matrix, for methods with a formula."""
+        method: Any = self.method
+        return method.flops(max(m, n), self._count(m, n), dtype, backend)
 
     def _count(self, m: int, n: int) -> int:
         return math.ceil(self.fraction * min(m, n))

@@ -8,15 +8,15 @@ from jax.typing import DTypeLike
 from optax_matrix import _layout, _linalg, _placement, _routing, _transforms
 from optax_matrix._optimizers import _polar_express, _routed
 
+_QUARTER = _linalg.LargestSlices(0.25, _polar_express.five_steps(1.02))
+
 
 @_routed.documented("0.15, or 1 with ``shape_scale='rms'``")
 def dion(
     learning_rate: optax.ScalarOrSchedule = 0.01,
     *,
     momentum: optax.ScalarOrSchedule = 0.95,
-    orthogonalize: str | _linalg.PolarMethod | None = _linalg.LargestSlices(
-        0.25, _polar_express.five_steps(1.02)
-    ),
+    orthogonalize: str | _linalg.PolarMethod | None = _QUARTER,
     shape_scale: _transforms.ShapeScale | None = "mup",
     weight_decay: optax.ScalarOrSchedule = 0.01,
     weight_decay_mask: Any = None,

@@ -8,13 +8,15 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_matrix import _layout, _linalg, _placement, _routing, _transforms
 from optax_matrix._optimizers import _polar_express, _routed
 
+_METHOD = _polar_express.five_steps(1.01)
+
 
 @_routed.documented("0.15")
 def nanochat_muon(
     learning_rate: optax.ScalarOrSchedule = 0.02,
     *,
     momentum: optax.ScalarOrSchedule = 0.95,
-    orthogonalize: str | _linalg.PolarMethod | None = _polar_express.five_steps(1.01),
+    orthogonalize: str | _linalg.PolarMethod | None = _METHOD,
     b2: ArrayLike = 0.9,
     eps: ArrayLike = 1e-10,
     weight_decay: optax.ScalarOrSchedule = 0.28,

@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from optax_matrix import _check, _layout
 from optax_matrix._transforms import _arguments, _numerics
 
+View = _layout.MatrixView
 # The least norm of an output; an output that is zero is taken for one of this norm.
 TINY = 1e-12
 
@@ -45,12 +47,13 @@ def weight_normalized(
       g \leftarrow g + \Delta g, \qquad
       w \leftarrow g v / \|v\|.
 
-    At first :math:`v = w`. Its norm is not reset: steps across :math:`v` lengthen it,
-    so that steps of a given size turn it less and less.
+    At first :math:`v = w`. Its norm is never reset. Gradients are orthogonal to
+    :math:`v`, so its norm tends to grow, and steps of a given size turn it less.
 
     Args:
-      direction: An optimizer of :math:`V`, which it gets as ``params``, with the shapes
-        of the parameters.
+      direction: An optimizer of :math:`V`, the directions of all outputs, which it gets
+        as ``params``. They have the shapes of the parameters and, like all that both
+        optimizers get, are float32 (float64 for float64).
       magnitude: An optimizer of :math:`g`, with the shapes of the parameters but input
         axes of size 1, or one entry per input block of a fused leaf.
       layout: Which axes of a leaf are the matrix, see `MatrixLayout`. None: the last
@@ -82,8 +85,8 @@ def weight_normalized(
     ways = optax.with_extra_args_support(direction)
     sizes = optax.with_extra_args_support(magnitude)
 
-    def lengths(tree: optax.Params) -> Any:
-        def length(view: _layout.MatrixView, x: jax.Array) -> jax.Array:
+    def lengths(tree: Any) -> Any:
+        def length(view: View, x: Array) -> Array:
             norm = _numerics.output_norms(view, _numerics.wide(x))
             return jnp.maximum(norm, TINY)
 
@@ -98,27 +101,28 @@ def weight_normalized(
         norms = lengths(params)
         g = jax.tree.map(jnp.copysign, norms, state.length)
 
-        def across(view, d, w, g, length):
-            u = _numerics.wide(w) / view.expand(g)
-            d = d.astype(u.dtype)
-            along = view.sum(d * u, outputs=False)
-            return (d - view.expand(along) * u) * view.expand(g / jnp.abs(length))
+        def stretch(view: View, w: Array, norm: Array, length: Array) -> Array:
+            return _numerics.wide(w) * view.expand(length / norm)
 
-        def along(view, d, w, g):
+        def along(view: View, d: Array, w: Array, g: Array) -> Array:
             u = _numerics.wide(w) / view.expand(g)
             return view.sum(d.astype(u.dtype) * u, outputs=False)
 
-        def stretch(view, w, norm, length):
-            return _numerics.wide(w) * view.expand(length / norm)
+        def across(
+            view: View, d: Array, w: Array, g: Array, d_g: Array, length: Array
+        ) -> Array:
+            u = _numerics.wide(w) / view.expand(g)
+            rest = d.astype(u.dtype) - view.expand(d_g) * u
+            return rest * view.expand(g / jnp.abs(length))
 
-        def compose(view, d, w, v, g):
-            norm = _numerics.output_norms(view, v)
-            end = _numerics.divide_or_zero(v, view.expand(norm)) * view.expand(g)
+        def compose(view: View, d: Array, w: Array, v: Array, g: Array) -> Array:
+            norm = view.expand(_numerics.output_norms(view, v))
+            end = _numerics.divide_or_zero(v, norm) * view.expand(g)
             return (end - w.astype(end.dtype)).astype(d.dtype)
 
         v = _layout.tree_map(stretch, layout, params, norms, state.length)
-        d_v = _layout.tree_map(across, layout, updates, params, g, state.length)
         d_g = _layout.tree_map(along, layout, updates, params, g, keep_boxes=False)
+        d_v = _layout.tree_map(across, layout, updates, params, g, d_g, state.length)
         v_step, direction_state = ways.update(d_v, state.direction, v, **extra_args)
         g_step, magnitude_state = sizes.update(d_g, state.magnitude, g, **extra_args)
         v, g = optax.apply_updates(v, v_step), optax.apply_updates(g, g_step)

@@ -86,7 +86,7 @@ def test_every_rung_of_the_registry_descends(name):
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
 
-    for _ in range(10):
+    for _ in range(20):
         params, state = step(params, state)
     assert loss(params) < 0.97 * loss(start)
 

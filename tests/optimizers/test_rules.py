@@ -34,6 +34,13 @@ CASES = {
     "muonh": (om.muonh, reference.muonh, {}),
     "adamh": (om.adamh, reference.adamh, {}),
     "normuon": (om.normuon, reference.normuon, {}),
+    "dion": (om.dion, reference.dion, {}),
+    "muown": (om.muown, reference.muown, {}),
+    "muown with decay": (
+        lambda lr: om.muown(lr, weight_decay=0.5),
+        reference.muown,
+        {"weight_decay": 0.5},
+    ),
     "adamuon": (om.adamuon, reference.adamuon, {}),
     "muon_vs": (om.muon_vs, reference.muon_vs, {}),
     "muon_nsr": (om.muon_nsr, reference.muon_vs, {"gamma": 10.0}),
@@ -63,7 +70,8 @@ CASES = {
 
 SHAPES = [(7, 4), (4, 7), (5, 1)]
 # Their own stage is compared for other shapes in tests/transforms.
-ONE_SHAPE = {"muon_vs", "muon_nsr", "muon_squared", "mano"}
+ONE_SHAPE = {"muon_vs", "muon_nsr", "muon_squared", "mano", "dion", "muown"}
+ONE_SHAPE |= {"muown with decay"}
 
 
 @pytest.mark.parametrize(

@@ -239,13 +239,22 @@ def track3(w, directions, rates, *, outward=0.5, floor=0.3825, weight_decay=0.02
     return np.stack(out)
 
 
-NANOCHAT = (
+POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+
+
+def polar_express(x, margin):
+    """Five steps of Polar Express, as in nanochat and microsoft/dion."""
+    x = x / np.linalg.norm(x) / margin
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
 
 
 def nanochat_muon(w, grads, rate, decays, beta=0.95, b2=0.9):
@@ -257,14 +266,63 @@ def nanochat_muon(w, grads, rate, decays, beta=0.95, b2=0.9):
     for u, decay in zip(momenta(grads, beta), decays, strict=True):
         lengths = np.linalg.norm(u, axis=0)
         x = u * np.linalg.norm(u) / np.sqrt(u.shape[1]) / lengths
-        x = x / np.linalg.norm(x) / 1.01
-        for a, b, c in NANOCHAT:
-            gram = x @ x.T
-            x = a * x + (b * gram + c * gram @ gram) @ x
+        x = polar_express(x, 1.01)
         x = x * np.sqrt(min(x.shape)) / np.linalg.norm(x)
         v = b2 * v + (1 - b2) * (x**2).mean(axis=0)
         d = x / np.sqrt(v)
         d = d * np.linalg.norm(x) / np.linalg.norm(d)
         w = w - rate * spectral(w.shape) * (d + decay * w * (d * w >= 0))
+        out.append(w)
+    return np.stack(out)
+
+
+def dion(w, grads, lr, fraction=0.25, mu=0.95, weight_decay=0.01):
+    """microsoft/dion, dion2.py on one device, with columns for the outputs."""
+    w = np.asarray(w, np.float64)
+    scale = np.sqrt(w.shape[1] / w.shape[0])
+    if w.shape[0] < w.shape[1]:  # slices are columns below
+        turned = dion_directions(np.swapaxes(grads, 1, 2), fraction, mu)
+        directions = np.swapaxes(turned, 1, 2)
+    else:
+        directions = dion_directions(grads, fraction, mu)
+    return descend(w, scale * directions, lr, weight_decay)
+
+
+def dion_directions(grads, fraction, mu):
+    """Polar factors of the largest columns, zeros elsewhere."""
+    m, out = np.zeros(np.shape(grads)[1:]), []
+    for g in np.asarray(grads, np.float64):
+        m += g
+        sums = np.abs(m).sum(axis=0)
+        count = max(1, int(np.ceil(fraction * len(sums))))
+        chosen = sorted(range(len(sums)), key=lambda j: -sums[j])[:count]
+        o = np.zeros_like(m)
+        o[:, chosen] = polar_express(m[:, chosen], 1.02)
+        m[:, chosen] *= mu
+        out.append(o)
+    return np.stack(out)
+
+
+def muown(w, grads, lr, beta=0.95, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0):
+    """kcc-lion/muown, optim/muown.py, with columns for the outputs."""
+    w, out = np.array(w, np.float64), []
+    g = np.linalg.norm(w, axis=0)
+    v_norm = g.copy()
+    m_v, m_g, v_g = 0.0, 0.0, 0.0
+    for t, grad in enumerate(np.asarray(grads, np.float64), start=1):
+        old, u = w, w / g
+        d_g = (grad * u).sum(axis=0)
+        d_v = g / v_norm * (grad - u * d_g)
+        m_v = beta * m_v + d_v
+        o = newton_schulz(d_v + beta * m_v)
+        v = u * v_norm - lr * 0.2 * max(w.shape) ** 0.5 * o
+        m_g = b1 * m_g + (1 - b1) * d_g
+        v_g = b2 * v_g + (1 - b2) * d_g**2
+        g = g - lr * (m_g / (1 - b1**t)) / (np.sqrt(v_g / (1 - b2**t)) + eps)
+        v_norm = np.linalg.norm(v, axis=0)
+        w = g * v / v_norm
+        if weight_decay:
+            w = w - lr * weight_decay * old
+            g = np.linalg.norm(w, axis=0)
         out.append(w)
     return np.stack(out)

@@ -25,6 +25,8 @@ CUT = {
 }
 
 every = pytest.mark.parametrize("name", TRANSFORMS)
+NEW = {"orthogonalize_with_feedback", "weight_normalized"}
+SLOW = {name for name in TRANSFORMS if "precondition" in name} | NEW
 
 
 @pytest.mark.parametrize("dtype", ["complex64", "int32", "bool"])
@@ -42,7 +44,7 @@ def test_leaves_that_are_not_real_floating_raise_at_init_with_their_path(name, d
     [
         pytest.param(
             name,
-            marks=[pytest.mark.slow] if "precondition" in name or name in CUT else [],
+            marks=[pytest.mark.slow] if name in SLOW or name in CUT else [],
         )
         for name in TRANSFORMS | CUT
     ],
@@ -62,7 +64,13 @@ def test_leaves_without_entries_pass_beside_others(name, jit):
     np.testing.assert_allclose(got["w"], want["w"], rtol=1e-5, atol=1e-6)
 
 
-@every
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in NEW else [])
+        for name in TRANSFORMS
+    ],
+)
 def test_leaves_without_entries_pass_alone(name):
     tx = TRANSFORMS[name]()
     params = {key: jnp.ones(shape, "bfloat16") for key, shape in EMPTY.items()}
