@@ -60,13 +60,13 @@ def muown(
       TypeError: As `muon`.
 
     References:
-      Muown, 2026, `arXiv:2605.10797 <https://arxiv.org/abs/2605.10797>`_ and `code
-      <https://github.com/kcc-lion/muown>`_, with the learning rate of its experiments.
-      Weight decay is that of its ``Muown``; its ``MuownDP`` decays twice, and NVIDIA's
-      Emerging-Optimizers decay :math:`g` after Adam's step. Differs: the code sets
-      :math:`g` to the norm of :math:`w` if it decays, and so loses a negative sign of
-      :math:`g`, and an output that is zero at the start gives NaN there. The record of
-      the modded-nanogpt optimization track also schedules :math:`\|v\|`.
+      Lion et al., 2026, `arXiv:2605.10797 <https://arxiv.org/abs/2605.10797>`_ and
+      `code <https://github.com/kcc-lion/muown>`_, with the learning rate of its
+      experiments. Weight decay is that of its ``Muown``; its ``MuownDP`` decays twice,
+      and NVIDIA's Emerging-Optimizers decay :math:`g` after Adam's step. Differs: with
+      weight decay the code sets :math:`g` to the norm of :math:`w`, which loses a
+      negative sign, and it returns NaN for an output that is zero at the start. The
+      record of the modded-nanogpt optimization track also schedules :math:`\|v\|`.
     """
     _routed.check_rates(learning_rate, weight_decay)
     adam = _routed.adam(magnitude_momentum, b2, eps, None, "magnitude_momentum")

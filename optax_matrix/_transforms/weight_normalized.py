@@ -61,9 +61,9 @@ def weight_normalized(
 
     Returns:
       A transformation that needs ``params`` and returns the step of :math:`W`. The
-      state is one number per output, and those of the two optimizers. :math:`g` is the
-      norm of the parameters, so that further stages may change the step, as weight
-      decay does. An output that is zero has :math:`g = \|v\| = 10^{-12}`: the first
+      state is one number per output, and those of the two optimizers. The size of
+      :math:`g` is read from the parameters, so that stages after this one may change
+      the step, as weight decay does. An output that is zero has :math:`g = \|v\| = 10^{-12}`: the first
       step gives it a direction of that norm, and ``magnitude`` its size from then on.
 
     Raises:
@@ -78,7 +78,7 @@ def weight_normalized(
 
     References:
       Salimans and Kingma, 2016, `arXiv:1602.07868 <https://arxiv.org/abs/1602.07868>`_;
-      Muown, 2026, `arXiv:2605.10797 <https://arxiv.org/abs/2605.10797>`_.
+      Lion et al., 2026, Muown, `arXiv:2605.10797 <https://arxiv.org/abs/2605.10797>`_.
     """
     _arguments.transformation("direction", direction)
     _arguments.transformation("magnitude", magnitude)
