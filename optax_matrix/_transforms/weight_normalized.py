@@ -63,8 +63,9 @@ def weight_normalized(
       A transformation that needs ``params`` and returns the step of :math:`W`. The
       state is one number per output, and those of the two optimizers. The size of
       :math:`g` is read from the parameters, so that stages after this one may change
-      the step, as weight decay does. An output that is zero has :math:`g = \|v\| = 10^{-12}`: the first
-      step gives it a direction of that norm, and ``magnitude`` its size from then on.
+      the step, as weight decay does. An output that is zero has
+      :math:`g = \|v\| = 10^{-12}`: the first step gives it a direction of that norm,
+      and ``magnitude`` its size from then on.
 
     Raises:
       ValueError: At ``init``, if a leaf does not fit ``layout``, with its path; in
