@@ -35,8 +35,8 @@ def per_matrix(
     Args:
       make: Makes the state of one matrix from its inputs, outputs and dtype.
       work: Returns the work for `map_matrices` on the leaves.
-      scalars: Its hyperparameters, which may be traced or schedules. It gets their values, and
-        ``count``, the number of earlier updates.
+      scalars: Its hyperparameters, which may be traced or schedules. It gets their
+        values, and ``count``, the number of earlier updates.
       layout: Which axes of a leaf are the matrix.
       place: Where leaves lie.
       block_size: The largest block, see `Preconditioner`; None is whole matrices.
