@@ -1,11 +1,17 @@
 """Polar factors, roots and eigenbases: pure functions on arrays (..., m, n)."""
 
+from optax_matrix._linalg.balanced import Balanced
 from optax_matrix._linalg.coefficients import (
     TABLES,
     CoefficientTable,
     resolve,
 )
-from optax_matrix._linalg.eigenbases import eigenbasis, power_product, q_factor
+from optax_matrix._linalg.eigenbases import (
+    eigenbasis,
+    positive_q_factor,
+    power_product,
+    q_factor,
+)
 from optax_matrix._linalg.exact import exact_polar
 from optax_matrix._linalg.largest_slices import LargestSlices
 from optax_matrix._linalg.minimax import polar_express_rows
@@ -38,6 +44,7 @@ from optax_matrix._linalg.roots import (
 __all__ = [
     "MUD",
     "TABLES",
+    "Balanced",
     "CoefficientTable",
     "Exact",
     "Halley",
@@ -59,6 +66,7 @@ __all__ = [
     "newton_schulz",
     "newton_schulz_flops",
     "polar_express_rows",
+    "positive_q_factor",
     "power_by_eigh",
     "power_product",
     "q_factor",

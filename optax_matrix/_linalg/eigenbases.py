@@ -45,6 +45,25 @@ def q_factor(x: Array) -> Array:
     return jnp.where(_finite(x), jnp.linalg.qr(x)[0], jnp.nan)
 
 
+def positive_q_factor(x: Array) -> Array:
+    """Returns the Q factor for which R has a positive diagonal.
+
+    Args:
+      x: (..., m, n), real floating.
+
+    Returns:
+      (..., m, n) with orthonormal columns; rows, of the factor of the transpose, if
+      there are more columns than rows. NaN where `x` is not finite.
+    """
+    wide = x.shape[-1] > x.shape[-2]
+    y = numerics.transpose(x) if wide else x
+    y = y.astype(numerics.at_least_float32(x.dtype))
+    q, r = jnp.linalg.qr(y)
+    signs = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1)
+    q = jnp.where(_finite(y), q * signs[..., None, :], jnp.nan)
+    return (numerics.transpose(q) if wide else q).astype(x.dtype)
+
+
 def _finite(a: Array) -> Array:
     """Returns which matrices are finite: a factorization may not show it."""
     return jnp.all(jnp.isfinite(a), axis=(-2, -1), keepdims=True)

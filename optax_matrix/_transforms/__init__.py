@@ -5,6 +5,7 @@ from optax_matrix._transforms._kl import KL
 from optax_matrix._transforms._per_matrix import PerMatrixState
 from optax_matrix._transforms._preconditioner import Health, Preconditioner
 from optax_matrix._transforms._rule_of import rule_of
+from optax_matrix._transforms._top_singular import TopVectorState
 from optax_matrix._transforms.add_cautious_weight_decay import (
     AddCautiousWeightDecayState,
     add_cautious_weight_decay,
@@ -57,9 +58,13 @@ from optax_matrix._transforms.scale_by_variance import (
 )
 from optax_matrix._transforms.shampoo_precondition import Shampoo, shampoo_precondition
 from optax_matrix._transforms.soap_precondition import soap_precondition
+from optax_matrix._transforms.spectral_norm_cap import spectral_norm_cap
+from optax_matrix._transforms.spectral_sphere_retract import spectral_sphere_retract
+from optax_matrix._transforms.stiefel_retract import stiefel_retract
 from optax_matrix._transforms.svd_supplement import svd_supplement
 from optax_matrix._transforms.switch_at import SwitchAtState, switch_at
 from optax_matrix._transforms.tail_average import TailAverageState, tail_average
+from optax_matrix._transforms.tangent_orthogonalize import tangent_orthogonalize
 from optax_matrix._transforms.weight_normalized import (
     WeightNormalizedState,
     weight_normalized,
@@ -88,6 +93,7 @@ __all__ = [
     "ShapeScale",
     "SwitchAtState",
     "TailAverageState",
+    "TopVectorState",
     "WeightNormalizedState",
     "add_cautious_weight_decay",
     "ema_lookahead",
@@ -120,9 +126,13 @@ __all__ = [
     "scale_by_variance",
     "shampoo_precondition",
     "soap_precondition",
+    "spectral_norm_cap",
+    "spectral_sphere_retract",
+    "stiefel_retract",
     "svd_supplement",
     "switch_at",
     "tail_average",
+    "tangent_orthogonalize",
     "weight_normalized",
     "whiten_momentum",
 ]

@@ -41,6 +41,7 @@ BAD = {
     "auxiliary": NO_TRANSFORMATIONS,
     "auxiliary_learning_rate": not_negative(),
     "b2": in_unit(SCHEDULE),
+    "bisections": (*NO_INTEGERS, 0, jnp.int32(5)),
     "block_size": (*NO_INTEGERS, 0, -1),
     "coefficients": ("nonsense", [(1.0,)], [], 3, [("3", "2", "1")]),
     "damping": not_negative(SCHEDULE),
@@ -63,6 +64,7 @@ BAD = {
     "inner": NO_TRANSFORMATIONS,
     "inward": not_negative(SCHEDULE),
     "learning_rate": not_negative(),
+    "limit": positive(SCHEDULE),
     "lower_bound": ("a", True, 0.0, 1.5, NAN, SCHEDULE),
     "magnitude": NO_TRANSFORMATIONS,
     "magnitude_momentum": in_unit(),
@@ -85,6 +87,7 @@ BAD = {
     "precision": ("best", 3.5),
     "precondition": NO_TRANSFORMATIONS,
     "preconditioner": NO_SETTINGS,
+    "radius": positive(SCHEDULE),
     "refresh": (*NO_INTEGERS, 0, -1, SCHEDULE, jnp.float32(2)),
     "residual_bound": positive(SCHEDULE),
     "rms": positive(SCHEDULE),
@@ -97,6 +100,7 @@ BAD = {
     "step": not_negative(SCHEDULE),
     "steps": (*NO_INTEGERS, 0, jnp.int32(5)),
     "strength": not_negative(),
+    "tangent": NO_BOOLEANS,
     "to": ("two", 2, True),
     "variance": ("mid", True, 1),
     "weight": (*NO_NUMBERS, -0.1, 1.1, SCHEDULE),
@@ -111,6 +115,7 @@ NAMED = {
     ("orthogonalize_with_feedback", "method"): "orthogonalize",
     ("LargestSlices", "method"): "orthogonalize",
     ("precondition_then_orthogonalize", "method"): "orthogonalize",
+    ("tangent_orthogonalize", "method"): "orthogonalize",
 }
 SETTINGS = {
     kind.__name__: kind
@@ -125,6 +130,7 @@ REQUIRED = {
     "float32_statistics": {"inner": optax.identity()},
     "graft_to": {"magnitude": optax.identity(), "direction": optax.identity()},
     "precondition_then_orthogonalize": {"precondition": optax.identity()},
+    "spectral_norm_cap": {"limit": 1.0},
     "tail_average": {"inner": optax.identity(), "start": 1},
     "weight_normalized": {
         "direction": optax.identity(),

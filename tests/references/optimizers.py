@@ -250,11 +250,7 @@ POLAR_EXPRESS = (
 
 def polar_express(x, margin):
     """Five steps of Polar Express, as in nanochat and microsoft/dion."""
-    x = x / np.linalg.norm(x) / margin
-    for a, b, c in POLAR_EXPRESS:
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x
+    return quintic_steps(x, POLAR_EXPRESS, margin)
 
 
 def nanochat_muon(w, grads, rate, decays, beta=0.95, b2=0.9):
@@ -324,5 +320,89 @@ def muown(w, grads, lr, beta=0.95, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0):
         if weight_decay:
             w = w - lr * weight_decay * old
             g = np.linalg.norm(w, axis=0)
+        out.append(w)
+    return np.stack(out)
+
+
+QUINTIC = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+EIGHT_ROWS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+)
+
+
+def quintic_steps(x, rows, margin=1.0):
+    """Newton-Schulz with a row of coefficients per step."""
+    x = x / np.linalg.norm(x) / margin
+    for a, b, c in rows:
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def polar_express_eight(x):
+    """Eight steps of arXiv:2505.16932, with its safety factor on all but the last."""
+    safe = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in EIGHT_ROWS]
+    return quintic_steps(x, [*safe, (1.875, -1.25, 0.375)])
+
+
+def leading(w):
+    """The spectral norm of a matrix, and the product of its leading vectors."""
+    u, s, vt = np.linalg.svd(w)
+    return s[0], np.outer(u[:, 0], vt[0])
+
+
+def tangent_direction(m, theta):
+    """msign(M + λΘ) orthogonal to Θ: a bracket by doubling from 1e-3, then bisection.
+
+    As in the authors' code, but to rounding, and with as many doublings as it takes.
+    """
+    m = m / np.linalg.norm(m)
+
+    def inner(x):
+        return (theta * polar_express_eight(m + x * theta)).sum()
+
+    step = 1e-3 if inner(0.0) < 0 else -1e-3
+    last, x = 0.0, step
+    while (inner(x) < 0) == (step > 0):
+        step *= 2
+        last, x = x, x + step
+    low, high = min(last, x), max(last, x)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inner(middle) < 0 else (low, middle)
+    return polar_express_eight(m + (low + high) / 2 * theta)
+
+
+def spectral_sphere(w, grads, lr, beta=0.9, radius=1.0, tangent=True):
+    """arXiv:2601.08393, retracted after each step; MuonSphere without `tangent`."""
+    out, w = [], np.asarray(w, np.float64)
+    target = radius * np.sqrt(w.shape[1] / w.shape[0])
+    for u in momenta(grads, beta):
+        _, theta = leading(w)
+        w = w - lr * target * (
+            tangent_direction(u, theta) if tangent else polar_express_eight(u)
+        )
+        w = w * target / leading(w)[0]
+        out.append(w)
+    return np.stack(out)
+
+
+def spel(w, grads, lr, beta=0.95, weight_decay=0.1):
+    """arXiv:2601.21487, with the exact polar factor of the weights."""
+    out, w = [], np.asarray(w, np.float64)
+    for m in momenta(grads, beta, nesterov=False):
+        w = polar((1 - lr * weight_decay) * w - lr * quintic_steps(m, QUINTIC))
         out.append(w)
     return np.stack(out)

@@ -15,6 +15,7 @@ MADE = {
     "precondition_then_orthogonalize": lambda: om.precondition_then_orthogonalize(
         om.soap_precondition()
     ),
+    "spectral_norm_cap": lambda: om.spectral_norm_cap(1.0),
     "tail_average": lambda: om.tail_average(om.ema_momentum(), start=1),
     "weight_normalized": lambda: om.weight_normalized(
         om.ema_momentum(), optax.scale_by_adam()

@@ -24,9 +24,22 @@ CUT = {
     "fused shape": lambda: om.scale_by_shape("mup", layout=FUSED),
 }
 
-every = pytest.mark.parametrize("name", TRANSFORMS)
-NEW = {"orthogonalize_with_feedback", "weight_normalized"}
-SLOW = {name for name in TRANSFORMS if "precondition" in name} | NEW
+# Long to compile, and made of what others have as well.
+LONG = {
+    *("spectral_norm_cap", "tangent_orthogonalize"),
+    *("orthogonalize_with_feedback", "weight_normalized"),
+}
+
+
+def named(names, slow):
+    """A parameter for each name, marked slow where it is."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] if name in slow else [])
+        for name in names
+    ]
+
+
+every = pytest.mark.parametrize("name", named(TRANSFORMS, LONG))
 
 
 @pytest.mark.parametrize("dtype", ["complex64", "int32", "bool"])
@@ -41,13 +54,10 @@ def test_leaves_that_are_not_real_floating_raise_at_init_with_their_path(name, d
 @pytest.mark.parametrize("jit", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(
-            name,
-            marks=[pytest.mark.slow] if name in SLOW or name in CUT else [],
-        )
-        for name in TRANSFORMS | CUT
-    ],
+    named(
+        TRANSFORMS | CUT,
+        {n for n in TRANSFORMS if "precondition" in n} | LONG | CUT.keys(),
+    ),
 )
 def test_leaves_without_entries_pass_beside_others(name, jit):
     tx, full = (TRANSFORMS | CUT)[name](), {"w": problems.normal((5, 4))}
@@ -64,13 +74,7 @@ def test_leaves_without_entries_pass_beside_others(name, jit):
     np.testing.assert_allclose(got["w"], want["w"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name in NEW else [])
-        for name in TRANSFORMS
-    ],
-)
+@every
 def test_leaves_without_entries_pass_alone(name):
     tx = TRANSFORMS[name]()
     params = {key: jnp.ones(shape, "bfloat16") for key, shape in EMPTY.items()}
