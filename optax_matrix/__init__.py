@@ -38,6 +38,8 @@ from optax_matrix._optimizers import (
     shampoo,
     soap,
     soap_muon,
+    spectral_sphere,
+    spel,
     track3,
 )
 from optax_matrix._placement import Placement, relay_state
@@ -167,7 +169,9 @@ __all__ = [
     "soap_muon",
     "soap_precondition",
     "spectral_norm_cap",
+    "spectral_sphere",
     "spectral_sphere_retract",
+    "spel",
     "stiefel_retract",
     "svd_supplement",
     "switch_at",

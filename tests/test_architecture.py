@@ -242,6 +242,6 @@ def test_registry_names_the_whole_ladder():
         *("dion", "muown", "hopper"),
         *("muon_vs", "muon_nsr", "muon_squared", "mano"),
         *("shampoo", "distributed_shampoo", "soap", "kl_soap", "soap_muon"),
-        *("nanochat_muon", "track3"),
+        *("nanochat_muon", "track3", "spectral_sphere", "spel"),
     ]
     assert om.OPTIMIZERS["adamw"] is optax.adamw

@@ -49,6 +49,8 @@ LEARNING_RATES = {
     "soap_muon": 0.03,
     "nanochat_muon": 0.06,
     "track3": 0.0375,
+    "spectral_sphere": 0.1,
+    "spel": 0.12,
 }
 
 

@@ -15,6 +15,8 @@ from optax_matrix._optimizers.registry import (
 )
 from optax_matrix._optimizers.shampoo import distributed_shampoo, shampoo
 from optax_matrix._optimizers.soap import kl_soap, soap, soap_muon
+from optax_matrix._optimizers.spectral_sphere import spectral_sphere
+from optax_matrix._optimizers.spel import spel
 from optax_matrix._optimizers.track3 import track3
 from optax_matrix._optimizers.variance import muon_nsr, muon_squared, muon_vs
 
@@ -41,5 +43,7 @@ __all__ = [
     "shampoo",
     "soap",
     "soap_muon",
+    "spectral_sphere",
+    "spel",
     "track3",
 ]

@@ -16,6 +16,8 @@ from optax_matrix._optimizers.nanochat import nanochat_muon
 from optax_matrix._optimizers.normuon import normuon
 from optax_matrix._optimizers.shampoo import distributed_shampoo, shampoo
 from optax_matrix._optimizers.soap import kl_soap, soap, soap_muon
+from optax_matrix._optimizers.spectral_sphere import spectral_sphere
+from optax_matrix._optimizers.spel import spel
 from optax_matrix._optimizers.track3 import track3
 from optax_matrix._optimizers.variance import muon_nsr, muon_squared, muon_vs
 
@@ -76,6 +78,8 @@ _MATRIX: Mapping[str, Factory] = {
         soap_muon,
         nanochat_muon,
         track3,
+        spectral_sphere,
+        spel,
     )
 }
 

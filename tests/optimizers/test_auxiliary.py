@@ -59,6 +59,7 @@ def test_schedules_drive_both():
 # As soap, muon and shampoo.
 SLOW = {"kl_soap", "soap_muon", "nanochat_muon", "track3", "distributed_shampoo"}
 SLOW |= {"muon_vs", "muon_nsr", "muon_squared", "mano", "dion", "muown"}
+SLOW |= {"spectral_sphere", "spel"}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from tests.transforms.every import OPTIMIZERS
 
 # Chains of others in which one stage is another, with tests of its own.
 VARIANTS = {"muon_vs", "muon_nsr", "muon_squared", "mano", "dion", "muown"}
+VARIANTS |= {"spectral_sphere", "spel"}
 
 
 def case(name, *rest, slow=VARIANTS):
@@ -139,7 +140,7 @@ def test_the_momentum_may_be_a_schedule(name):
 
 
 # Their decay is not that of `optax.add_decayed_weights`, or is followed by others.
-OWN_DECAY = {"muonh", "adamh", "track3", "nanochat_muon"}
+OWN_DECAY = {"muonh", "adamh", "track3", "nanochat_muon", "spectral_sphere", "spel"}
 
 
 def five_rows(tree):
@@ -163,7 +164,7 @@ def test_weight_decay_mask_says_which_matrices_decay(name, mask):
 
     def one(**settings):
         tx = OPTIMIZERS[name](0.5, **settings)
-        return tx.update(params, tx.init(params), params)[0]
+        return tx.update(gradients(params, 1), tx.init(params), params)[0]
 
     none, some = one(weight_decay=0.0), one(weight_decay=0.1, weight_decay_mask=mask)
     both = one(weight_decay=0.1)
@@ -195,7 +196,7 @@ def test_weight_decay_may_be_a_schedule():
 
 
 SPECTRAL = {"muon", "muonw", "normuon", "muonh", "adamh", "soap_muon", "track3"}
-SPECTRAL |= {"nanochat_muon", "muon_squared", "dion"}
+SPECTRAL |= {"nanochat_muon", "muon_squared", "dion", "spectral_sphere", "spel"}
 FACTORS = [(name, {}, 0.15 if name in SPECTRAL else 1.0) for name in OPTIMIZERS]
 FACTORS += [
     (name, {"shape_scale": "rms"}, 1.0)

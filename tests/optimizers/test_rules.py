@@ -54,6 +54,12 @@ CASES = {
         {"weight_decay": 0.0125, "steps": 12, "coefficients": (2.0, -1.5, 0.5)},
     ),
     "mano": (om.mano, reference.mano, {}),
+    "spel": (om.spel, reference.spel, {}),
+    "MuonSphere": (
+        lambda lr: om.spectral_sphere(lr, tangent=False, radius=2.0),
+        reference.spectral_sphere,
+        {"tangent": False, "radius": 2.0},
+    ),
     "hopper": (om.hopper, reference.hopper, {}),
     "hopper, 5 steps": (
         lambda lr: om.hopper(lr, orthogonalize="newton_schulz"),
@@ -71,7 +77,7 @@ CASES = {
 SHAPES = [(7, 4), (4, 7), (5, 1)]
 # Their own stage is compared for other shapes in tests/transforms.
 ONE_SHAPE = {"muon_vs", "muon_nsr", "muon_squared", "mano", "dion", "muown"}
-ONE_SHAPE |= {"muown with decay"}
+ONE_SHAPE |= {"muown with decay", "spel", "MuonSphere"}
 
 
 @pytest.mark.parametrize(
@@ -98,6 +104,26 @@ def test_agrees_with_the_published_rule_in_float64(name, shape):
     # Float64 throughout; hyperparameters enter optax's chain as float32 in places
     # (the learning rate), which leaves 1e-8 relative to steps of 0.02.
     np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "shape", [(7, 4), pytest.param((4, 7), marks=pytest.mark.slow)]
+)
+def test_spectral_sphere_agrees_with_its_published_rule(shape):
+    with jax.enable_x64(True):
+        w = problems.normal(shape, 1, "float64")
+        grads = problems.normal((STEPS, *shape), 2, "float64")
+        iterates, _ = problems.run(
+            om.spectral_sphere(0.02), {"kernel": w}, [{"kernel": g} for g in grads]
+        )
+        got = np.stack([p["kernel"] for p in iterates])
+    want = reference.spectral_sphere(np.asarray(w), np.asarray(grads), 0.02)
+    # 24 bisections leave 2e-7 of λ, for steps of 0.02.
+    np.testing.assert_allclose(got, want, atol=1e-7)
+    plain = reference.spectral_sphere(
+        np.asarray(w), np.asarray(grads), 0.02, tangent=False
+    )
+    assert np.abs(plain - want).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["muon", "muonh", "normuon", "adamuon", "hopper"])
