@@ -1,6 +1,7 @@
 """The chain of record 46 of modded-nanogpt's optimization track (track 3)."""
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ def track3(
     learning_rate: optax.ScalarOrSchedule = 0.0375,
     *,
     momentum: optax.ScalarOrSchedule = 0.95,
+    decays: Sequence[optax.ScalarOrSchedule] | None = None,
+    weights: Sequence[optax.ScalarOrSchedule] | None = None,
     b2: ArrayLike = 0.9,
     refresh: ArrayLike = 1,
     preconditioner: SOAP = SOAP(),
@@ -50,6 +53,8 @@ def track3(
     Args:
       learning_rate: :math:`\eta`, see `muon`.
       momentum: :math:`\beta_1`, in [0, 1), or a schedule.
+      decays: The decays of several averages in place of one, see `whiten_momentum`.
+      weights: The weights of these averages, see `whiten_momentum`.
       b2: :math:`\beta_2` of the second moment and of the statistics, in [0, 1).
       refresh: Number of updates from one power step of the bases to the next.
       preconditioner: All other settings of `whiten_momentum`, see `SOAP`.
@@ -95,6 +100,8 @@ def track3(
             _transforms.whiten_momentum(
                 momentum,
                 b2,
+                decays=decays,
+                weights=weights,
                 refresh=refresh,
                 preconditioner=preconditioner,
                 mu_dtype=mu_dtype,

@@ -44,6 +44,20 @@ def number_or_schedule(
         number(name, value, low, high)
 
 
+def mixture(decays: Any, weights: Any) -> None:
+    """Raises unless `decays` and `weights` are of a mixture, see `mixed_momentum`."""
+    for name, values, high in (("decays", decays, 1.0), ("weights", weights, math.inf)):
+        if not isinstance(values, tuple | list):
+            raise TypeError(f"`{name}` must be a tuple of numbers, got {values!r}.")
+        for value in values:
+            number_or_schedule(name, value, 0.0, high)
+    if not decays or len(decays) != len(weights):
+        raise ValueError(
+            "`decays` and `weights` must have the same length, at least 1, got "
+            f"{len(decays)} and {len(weights)}."
+        )
+
+
 def transformation(name: str, value: Any) -> None:
     """Raises unless `value` is an `optax.GradientTransformation`."""
     if not isinstance(value, optax.GradientTransformation):

@@ -1,6 +1,7 @@
 """What SOAP and the KL rules share: moments of a matrix in two eigenbases."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -183,10 +184,14 @@ def transformation(
     *,
     eps: ArrayLike,
     refresh: ArrayLike,
+    more: Mapping[str, optax.Schedule] | None = None,
     layout: _layout.Layout,
     placement: _placement.Placement | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Checks the numbers and makes the transformation of a rule in eigenbases."""
+    """Checks the numbers and makes the transformation of a rule in eigenbases.
+
+    `more` has further hyperparameters of the rule, which are not checked.
+    """
     _arguments.number_or_schedule("momentum", momentum, 0.0, 1.0)
     _arguments.number("b2", b2, 0.0, 1.0)
     _arguments.number("eps", eps, 0.0, low_open=True)
@@ -198,6 +203,7 @@ def transformation(
         "eps": eps,
         "start": 0,
         "refresh": refresh,
+        **(more or {}),
     }
     return _preconditioner.preconditioned(
         rule, settings, scalars, layout=layout, placement=placement

@@ -1,6 +1,5 @@
 """A momentum that mixes moving averages of several decays."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -66,16 +65,7 @@ def mixed_momentum(
       replace a single average at step 1000, as schedules of ``weights`` do here, but
       start the new averages only then.
     """
-    for name, values, high in (("decays", decays, 1.0), ("weights", weights, math.inf)):
-        if not isinstance(values, tuple | list):
-            raise TypeError(f"`{name}` must be a tuple of numbers, got {values!r}.")
-        for value in values:
-            _arguments.number_or_schedule(name, value, 0.0, high)
-    if not decays or len(decays) != len(weights):
-        raise ValueError(
-            "`decays` and `weights` must have the same length, at least 1, got "
-            f"{len(decays)} and {len(weights)}."
-        )
+    _arguments.mixture(decays, weights)
     _arguments.number_or_schedule("momentum", momentum, 0.0, 1.0)
     mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
 

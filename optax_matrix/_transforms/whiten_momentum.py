@@ -1,6 +1,7 @@
 """Whitens the momentum in the eigenbasis of the gradients' statistics."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import optax
@@ -18,16 +19,26 @@ from optax_matrix._transforms._soap import SoapRule
 class WhitenedMomentumRule(SoapRule):
     """Whitened momentum for one matrix; see `whiten_momentum`.
 
-    The state is SOAP's, but the momentum is not in the bases.
+    The state is SOAP's, but the averages of the momentum are not in the bases.
     """
+
+    averages: int = 1
+
+    def init(self, m: int, n: int, dtype: DTypeLike) -> Moments:
+        """Returns zero moments, statistics and bases."""
+        zeros = super().init(m, n, dtype)
+        momenta = jnp.zeros((self.averages, m, n), zeros.momentum.dtype)
+        return zeros._replace(momentum=momenta)
 
     def observe(
         self, g: Array, state: Moments, scalars: Scalars
     ) -> tuple[Array, Moments]:
         """Whitens the momentum in the present bases, then averages the statistics."""
         g = _numerics.wide(g)
-        momentum = _eigenbases.average(state.momentum, g, scalars["momentum"])
-        ahead = _numerics.moving_average(momentum, g, scalars["momentum"])
+        decays, weights = scalars["decays"], scalars["weights"]
+        momenta = _eigenbases.average(state.momentum, g[None], decays[:, None, None])
+        mixed = jnp.tensordot(_numerics.as_scalar(weights, g), momenta, 1)
+        ahead = _numerics.moving_average(mixed, g, scalars["momentum"])
         # There are no bases before the first gradient, so it is not whitened; the
         # product is NaN if the gradient is.
         seen = scalars["count"] > 0
@@ -41,7 +52,7 @@ class WhitenedMomentumRule(SoapRule):
         norms = [jnp.maximum(self.schatten4(x), eps) for x in (ahead, white)]
         direction = jnp.where(seen, white * (norms[0] / norms[1]), ahead)
         return direction, Moments(
-            momentum.astype(state.momentum.dtype),
+            momenta.astype(state.momentum.dtype),
             variance.astype(self.variance(state).dtype),
             *self.observed_sides(g, state, scalars),
         )
@@ -66,6 +77,8 @@ def whiten_momentum(
     momentum: optax.ScalarOrSchedule = 0.95,
     b2: ArrayLike = 0.9,
     *,
+    decays: Sequence[optax.ScalarOrSchedule] | None = None,
+    weights: Sequence[optax.ScalarOrSchedule] | None = None,
     eps: ArrayLike = 1e-8,
     refresh: ArrayLike = 1,
     preconditioner: SOAP = SOAP(),
@@ -93,9 +106,15 @@ def whiten_momentum(
     :math:`\beta_2`, and the bases are refreshed, both as in `soap_precondition`. The
     first update, without bases, is the momentum.
 
+    With ``decays`` and ``weights``, the mixture :math:`\sum_k w_k M_k` of
+    `mixed_momentum` takes the place of :math:`M`.
+
     Args:
       momentum: :math:`\beta_1`, in [0, 1), or a schedule.
       b2: :math:`\beta_2`, in [0, 1).
+      decays: The decay of each average, see `mixed_momentum`. None: one average, of
+        decay :math:`\beta_1`.
+      weights: The weight of each average, see `mixed_momentum`. None: a single 1.
       eps: :math:`\epsilon`, positive, in the unit of the gradient.
       refresh: Number of updates from one power step of the bases to the next, at
         least 1.
@@ -105,7 +124,8 @@ def whiten_momentum(
       placement: See `soap_precondition`.
 
     Returns:
-      A transformation, as `soap_precondition`, with a state of the same size.
+      A transformation, as `soap_precondition`, with a state of the same size, and one
+      more array per matrix for each average beyond the first.
 
     Raises:
       ValueError: As `soap_precondition`.
@@ -116,17 +136,35 @@ def whiten_momentum(
       are lost.
 
     References:
-      "SOAP-Muon" of the modded-nanogpt optimization track, records 44 to 46, 2026.
+      "SOAP-Muon" of the modded-nanogpt optimization track, records 44 to 46, 2026; with
+      two averages, pull request `339
+      <https://github.com/KellerJordan/modded-nanogpt/pull/339>`_.
     """
     _check.instance("preconditioner", preconditioner, SOAP)
     mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
+    if (decays is None) != (weights is None):
+        raise ValueError(
+            "`decays` and `weights` must be given together, got "
+            f"{decays!r} and {weights!r}."
+        )
+    if decays is not None:
+        _arguments.mixture(decays, weights)
+    kernels = [momentum] if decays is None else decays
+    shares = [1.0] if weights is None else weights
+
+    def values(of: Sequence[optax.ScalarOrSchedule]) -> optax.Schedule:
+        return lambda count: jnp.stack(
+            [jnp.asarray(_numerics.value_at(value, count)) for value in of]
+        )
+
     return _eigenbases.transformation(
-        WhitenedMomentumRule(preconditioner, mu_dtype),
+        WhitenedMomentumRule(preconditioner, mu_dtype, len(kernels)),
         preconditioner,
         momentum,
         b2,
         eps=eps,
         refresh=refresh,
+        more={"decays": values(kernels), "weights": values(shares)},
         layout=layout,
         placement=placement,
     )

@@ -46,7 +46,7 @@ BAD = {
     "coefficients": ("nonsense", [(1.0,)], [], 3, [("3", "2", "1")]),
     "damping": not_negative(SCHEDULE),
     "debias": NO_BOOLEANS,
-    "decays": (0.9, "ab", None, (), (0.9,), ("a", "b"), (0.9, 1.0), (NAN, 0.9)),
+    "decays": (0.9, "ab", (), (0.9,), ("a", "b"), (0.9, 1.0), (NAN, 0.9)),
     "direction": NO_TRANSFORMATIONS,
     "dtype": ("int8", "nonsense", 3),
     "eps": positive(SCHEDULE),

@@ -202,18 +202,20 @@ def schatten4(x):
     return (np.linalg.svd(x, compute_uv=False) ** 4).sum() ** 0.25
 
 
-def whitened_momentum(grads, *, mus, b2, eps=1e-8, refresh=1, first_bases=None):
+def whitened_momentum(
+    grads, *, mus, b2, eps=1e-8, refresh=1, first_bases=None, ahead=None
+):
     """The "SOAP-Muon" of modded-nanogpt's record 46, before Newton-Schulz.
 
-    `mus` has the momentum for each gradient. Statistics are of the raw gradient and
-    include it from the next update on.
+    `mus` has the momentum for each gradient, or `ahead` what is whitened. Statistics
+    are of the raw gradient and include it from the next update on.
     """
     given_l, given_r = (None, None) if first_bases is None else first_bases
     m, v, stat_l, stat_r, out = 0.0, 0.0, 0.0, 0.0, []
     ql = qr = None
     for s, (g, mu) in enumerate(zip(np.asarray(grads, np.float64), mus, strict=True)):
         m = mu * m + (1 - mu) * g
-        u = mu * m + (1 - mu) * g
+        u = mu * m + (1 - mu) * g if ahead is None else ahead[s]
         if ql is None:
             out.append(u)
         else:

@@ -13,6 +13,10 @@ from tests.transforms import histories
 MU = np.concatenate([np.linspace(0.85, 0.95, 10), np.linspace(0.95, 0.85, 20)])
 
 
+def scheduled(count):
+    return jnp.asarray(MU)[count]
+
+
 def first_bases(state, shape, i):
     own = state.matrices["x".join(map(str, shape))].state
     return own.left.basis[0, i], own.right.basis[0, i]
@@ -22,7 +26,7 @@ def first_bases(state, shape, i):
     "given, settings",
     [
         ({}, {}),
-        ({"momentum": lambda c: jnp.asarray(MU)[c], "refresh": 3}, {"mus": MU}),
+        ({"momentum": scheduled, "refresh": 3}, {"mus": MU}),
         ({"momentum": 0.8, "b2": 0.7, "eps": 0.3}, {"b2": 0.7, "eps": 0.3}),
     ],
     ids=["record", "scheduled", "other"],
@@ -39,6 +43,34 @@ def test_matches_float64_reference(given, settings):
         count[name] += 1
         want = reference.whitened_momentum(own, first_bases=bases, **settings)
         histories.close(found, want, 1e-6 if "mus" in given else 1e-7, name)
+
+
+@pytest.mark.parametrize("late", [0, 12])
+def test_a_mixture_of_averages_matches_float64_reference(late):
+    grads = histories.gradients({"w": (6, 5)})
+    after = np.arange(histories.STEPS)[:, None] >= late
+    shares = np.where(after, [0.0, 0.4385, 0.5615], [1.0, 0.0, 0.0])
+    decays = (0.95, 0.85, 0.98)
+    weights = [lambda c, w=w: jnp.asarray(w)[c] for w in shares.T]
+    tx = om.whiten_momentum(scheduled, decays=decays, weights=weights)
+    got, state = histories.of(tx, grads)
+    assert state.matrices["6x5"].state.momentum.shape[1:] == (1, 3, 6, 5)
+    ahead = optimizers.mixed_momenta(grads["w"], decays, shares, MU)
+    want = reference.whitened_momentum(
+        grads["w"],
+        mus=MU,
+        b2=0.9,
+        first_bases=first_bases(state, (6, 5), 0),
+        ahead=ahead,
+    )
+    histories.close(got["w"], want, 1e-6)
+
+
+def test_bad_mixtures_raise():
+    with pytest.raises(ValueError, match="`decays` and `weights` must have the same"):
+        om.whiten_momentum(decays=(0.9,), weights=(0.5, 0.5))
+    with pytest.raises(ValueError, match="`decays` and `weights` must be given toget"):
+        om.whiten_momentum(decays=(0.9,))
 
 
 def test_the_first_update_is_the_momentum():

@@ -1,0 +1,283 @@
+"""Compares polar methods on momenta of nanoGPT: FLOPs, accuracy, rounding and time.
+
+    python -m benchmarks.polar_methods --record SPECTRA.json
+    python -m benchmarks.polar_methods SPECTRA.json --out OUT.json
+    python -m benchmarks.polar_methods --table OUT.json
+    python -m benchmarks.polar_methods --plot docs/polar_methods.png
+
+The first command trains nanoGPT `tiny` with Muon and writes the singular values of
+Nesterov momenta of four matrices, relative to the Schatten-4 norm. The second one gives
+them random singular vectors and measures each method, with `OPENBLAS_NUM_THREADS=1`:
+
+- off: ‖OOᵀ − I‖ over √m, in float64,
+- cosine: of O and the polar factor, in float64,
+- float32: the difference of O in float32 from O in float64, over ‖O‖,
+- bfloat16: the same for the input rounded to bfloat16; in parentheses for products in
+  bfloat16 too, where a method has them.
+
+They are means over attention (q and o) and MLP matrices (in and out) and all recorded
+steps. Times are those of one matrix in float32, over those of five Jordan steps in the
+same process: the methods take turns, and the least time of each counts.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+import optax_matrix as om
+from examples.nanogpt import batches, configs, data, record, sharding, train
+
+LAYER, STEPS, MOMENTUM = 1, (50, 150, 250), 0.95
+KINDS = {
+    "attention": (("attn", "q"), ("attn", "o")),
+    "MLP": (("mlp", "fc"), ("mlp", "proj")),
+}
+
+
+def gram_rows(bound: float, steps: int) -> om.NewtonSchulz:
+    """Returns Newton-Schulz on the Gram matrix with rows from a bound."""
+    rows = om.polar_express_rows(bound, steps)
+    return om.NewtonSchulz(
+        coefficients=rows, method="gram", normalization="schatten4", precision="highest"
+    )
+
+
+METHODS: dict[str, Any] = {
+    "`NewtonSchulz()`, five Jordan steps": om.NewtonSchulz(precision="highest"),
+    "five steps of `quintic`": om.NewtonSchulz(
+        coefficients="quintic", precision="highest"
+    ),
+    "five steps of `polar_express`": om.NewtonSchulz(
+        5, coefficients="polar_express", precision="highest"
+    ),
+    "five steps of `cubic5`": om.NewtonSchulz(
+        coefficients="cubic5", precision="highest"
+    ),
+    "`polar_express_rows(0.03, 3)`, Gram": gram_rows(0.03, 3),
+    "`polar_express_rows(0.1, 2)`, Gram": gram_rows(0.1, 2),
+    "`Halley()`, bound 0.01": om.Halley(),
+    "`Halley(1e-3)`": om.Halley(1e-3),
+    "`Halley(1e-3, polish=2)`": om.Halley(1e-3, polish=2),
+    "`Zolotarev()`, two poles, bound 3e-3": om.Zolotarev(),
+    "`MUD()`, one pass": om.MUD(),
+    "`Exact()`": om.Exact(),
+}
+SHAPES = {"square": (768, 768), "4:1": (768, 3072)}
+REPEATS = 9
+
+
+def recorded() -> dict[str, Any]:
+    """Trains, and returns the singular values of the momenta by kind."""
+    config = dataclasses.replace(
+        configs.PRESETS["tiny"],
+        optimizer="muon",
+        lr=0.0424,
+        settings={"momentum": MOMENTUM},
+    )
+    config = configs.resolve(config)
+    mesh = sharding.make_mesh("", "auto")
+    dataset = data.load(config.data, tokenizer=config.tokenizer)
+    windows = batches.Batches(dataset, config, mesh)
+    graph, optimizer, state = train.initial(config, dataset.vocab_size, mesh)
+    step = train.make_step(graph, optimizer, mesh, like=state)
+    gradient = jax.jit(lambda params, w: jax.grad(train.loss_fn)(params, graph, w))
+    found: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
+    for count in range(STEPS[-1] + 1):
+        batch = windows.train(count)
+        if count in STEPS:
+            momentum = optax.tree.get(state.optimizer, "momentum")
+            trees = [tree["blocks"][LAYER] for tree in (momentum,)]
+            grads = gradient(state.params, batch[0])["blocks"][LAYER]
+            for kind, paths in KINDS.items():
+                for outer, inner in paths:
+                    m, g = (
+                        np.asarray(tree[outer][inner]["kernel"][...], np.float64)
+                        for tree in (*trees, grads)
+                    )
+                    ahead = MOMENTUM * (MOMENTUM * m + (1 - MOMENTUM) * g)
+                    ahead += (1 - MOMENTUM) * g
+                    sigma = np.linalg.svd(ahead, compute_uv=False)
+                    sigma = sigma / np.sum(sigma**4) ** 0.25
+                    found[kind].append([float(f"{s:.4g}") for s in sigma])
+        state, _ = step(state, batch)
+    command = "python -m benchmarks.polar_methods --record SPECTRA.json"
+    about = {"command": command, "config": dataclasses.asdict(config), "steps": STEPS}
+    return {**record.environment(), **about, "singular_values": found}
+
+
+def with_spectrum(sigma: np.ndarray, wide: int, seed: int) -> np.ndarray:
+    """Returns a matrix with random singular vectors, m × (wide m)."""
+    rng, m = np.random.default_rng(seed), len(sigma)
+    left = np.linalg.qr(rng.normal(size=(m, m)))[0]
+    right = np.linalg.qr(rng.normal(size=(wide * m, m)))[0]
+    return (left * sigma) @ right.T
+
+
+def relative(found: Any, want: np.ndarray) -> float:
+    return float(np.linalg.norm(np.asarray(found, np.float64) - want)) / float(
+        np.linalg.norm(want)
+    )
+
+
+def accuracy(method: Any, x: np.ndarray) -> dict[str, float]:
+    """Measures a method on one matrix."""
+    with jax.enable_x64(True):
+        exact = np.asarray(jax.jit(om.Exact().polar)(jnp.asarray(x)))
+        o = np.asarray(jax.jit(method.polar)(jnp.asarray(x)))
+    single = jnp.asarray(x, "float32")
+    rounded = single.astype("bfloat16").astype("float32")
+    row = {
+        "off": float(np.linalg.norm(o @ o.T - np.eye(len(o)))) / math.sqrt(len(o)),
+        "cosine": float(np.sum(o * exact))
+        / float(np.linalg.norm(o) * np.linalg.norm(exact)),
+        "float32": relative(jax.jit(method.polar)(single), o),
+        "bfloat16_input": relative(jax.jit(method.polar)(rounded), o),
+    }
+    if isinstance(method, om.NewtonSchulz):
+        half = dataclasses.replace(method, dtype="bfloat16", precision=None)
+        row["bfloat16"] = relative(jax.jit(half.polar)(rounded), o)
+    return row
+
+
+def seconds(m: int, n: int) -> dict[str, float]:
+    """Returns the least time of each method, which take turns."""
+    x = jax.random.normal(jax.random.key(0), (m, n))
+    run = {name: jax.jit(method.polar) for name, method in METHODS.items()}
+    for polar in run.values():
+        polar(x).block_until_ready()
+    least = dict.fromkeys(run, math.inf)
+    for _ in range(REPEATS):
+        for name, polar in run.items():
+            begin = time.perf_counter()
+            polar(x).block_until_ready()
+            least[name] = min(least[name], time.perf_counter() - begin)
+    return least
+
+
+def measured(spectra: dict[str, Any]) -> dict[str, Any]:
+    """Measures every method on the recorded spectra."""
+    rows: dict[str, Any] = {}
+    for name, method in METHODS.items():
+        rows[name] = {}
+        for kind, found in spectra["singular_values"].items():
+            wide = 1 if kind == "attention" else 4
+            each = [
+                accuracy(method, with_spectrum(np.array(sigma), wide, seed))
+                for seed, sigma in enumerate(found)
+            ]
+            rows[name][kind] = {
+                key: float(np.mean([e[key] for e in each])) for key in each[0]
+            }
+    for shape, (m, n) in SHAPES.items():
+        times = seconds(m, n)
+        base = times["`NewtonSchulz()`, five Jordan steps"]
+        for name, method in METHODS.items():
+            flops = getattr(method, "flops", None)
+            rows[name][shape] = {
+                "products": flops and flops(m, n) / (2 * m * m * n),
+                "seconds": times[name],
+                "time": times[name] / base,
+            }
+    command = "python -m benchmarks.polar_methods SPECTRA.json --out OUT.json"
+    return {**record.environment(), "command": command, "rows": rows}
+
+
+def table(path: Path) -> str:
+    """Returns the table of a result, in Markdown."""
+    rows = json.loads(path.read_text())["rows"]
+    lines = [
+        "| method | products | time | off | cosine | float32 | bfloat16 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+
+    def pair(values: list[float | None], form: str) -> str:
+        return " / ".join("-" if v is None else f"{v:{form}}" for v in values)
+
+    for name, row in rows.items():
+        shapes, kinds = [row[s] for s in SHAPES], [row[k] for k in KINDS]
+        half = pair([k["bfloat16_input"] for k in kinds], ".0e")
+        if "bfloat16" in kinds[0]:
+            half += f" ({pair([k['bfloat16'] for k in kinds], '.0e')})"
+        cells = [
+            name,
+            pair([s["products"] for s in shapes], ".3g"),
+            pair([s["time"] for s in shapes], ".2f"),
+            pair([k["off"] for k in kinds], ".2f"),
+            pair([k["cosine"] for k in kinds], ".3f"),
+            pair([k["float32"] for k in kinds], ".0e"),
+            half,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def maps(method: Any, sigma: np.ndarray) -> np.ndarray:
+    """Returns what becomes of a singular value beside a much larger number of others.
+
+    The matrices are diagonal, with the value and 1.
+    """
+    pairs = np.zeros((len(sigma), 2, 2))
+    pairs[:, 0, 0], pairs[:, 1, 1] = 1.0, sigma
+    with jax.enable_x64(True):
+        mapped = jax.jit(method.polar)(jnp.asarray(pairs))
+    return np.asarray(mapped)[:, 1, 1]
+
+
+def plot(spectra: Path, out: Path) -> None:
+    """Writes a figure of the maps of singular values, above the recorded ones."""
+    found = json.loads(spectra.read_text())["singular_values"]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    sigma = np.geomspace(1e-4, 0.999, 401)
+    left_out = ("`MUD()`, one pass", "`Exact()`")
+    for name, method in METHODS.items():
+        if name not in left_out:
+            style = {"linestyle": "--"} if isinstance(method, om.NewtonSchulz) else {}
+            label = name.replace("`", "")
+            axes.plot(sigma, maps(method, sigma), label=label, **style)
+    axes.axhline(1.0, color="black", linewidth=0.5)
+    axes.set(xscale="log", ylabel="singular value of the result")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small")
+    edges = np.geomspace(1e-4, 1.0, 41)
+    for kind, values in found.items():
+        counts, _ = np.histogram(np.concatenate(values), edges)
+        below.stairs(counts / counts.sum(), edges, label=kind, fill=True, alpha=0.5)
+    below.set(xlabel="singular value over the Schatten-4 norm", ylabel="share")
+    below.legend(fontsize="x-small")
+    figure.savefig(out, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("spectra", type=Path, nargs="?")
+    parser.add_argument("--record", type=Path, help="train, and write spectra here")
+    parser.add_argument("--out", type=Path, help="measure, and write the result here")
+    parser.add_argument("--table", type=Path, help="print the table of a result")
+    parser.add_argument("--plot", type=Path, help="plot the maps and the spectra")
+    arguments = parser.parse_args()
+    if arguments.record:
+        arguments.record.write_text(json.dumps(recorded()) + "\n")
+    if arguments.out:
+        spectra = json.loads(arguments.spectra.read_text())
+        arguments.out.write_text(json.dumps(measured(spectra), indent=1) + "\n")
+    if arguments.plot:
+        plot(arguments.spectra, arguments.plot)
+    if arguments.table:
+        print(table(arguments.table))
+
+
+if __name__ == "__main__":
+    main()
