@@ -1,13 +1,14 @@
 """Compares polar methods on momenta of nanoGPT: FLOPs, accuracy, rounding and time.
 
+    export OPENBLAS_NUM_THREADS=1
     python -m benchmarks.polar_methods --record SPECTRA.json
     python -m benchmarks.polar_methods SPECTRA.json --out OUT.json
     python -m benchmarks.polar_methods --table OUT.json
-    python -m benchmarks.polar_methods --plot docs/polar_methods.png
+    python -m benchmarks.polar_methods SPECTRA.json --plot docs/polar_methods.png
 
 The first command trains nanoGPT `tiny` with Muon and writes the singular values of
-Nesterov momenta of four matrices, relative to the Schatten-4 norm. The second one gives
-them random singular vectors and measures each method, with `OPENBLAS_NUM_THREADS=1`:
+Nesterov momenta of four matrices of width 128, relative to the Schatten-4 norm. The
+second one gives them random singular vectors and measures each method:
 
 - off: ‖OOᵀ − I‖ over √m, in float64,
 - cosine: of O and the polar factor, in float64,
@@ -16,8 +17,9 @@ them random singular vectors and measures each method, with `OPENBLAS_NUM_THREAD
   bfloat16 too, where a method has them.
 
 They are means over attention (q and o) and MLP matrices (in and out) and all recorded
-steps. Times are those of one matrix in float32, over those of five Jordan steps in the
-same process: the methods take turns, and the least time of each counts.
+steps. Times are those of one random matrix of width 768 in float32, over those of five
+Jordan steps in the same process: the methods take turns, and the least time of each
+counts.
 """
 
 import argparse
@@ -95,14 +97,13 @@ def recorded() -> dict[str, Any]:
     for count in range(STEPS[-1] + 1):
         batch = windows.train(count)
         if count in STEPS:
-            momentum = optax.tree.get(state.optimizer, "momentum")
-            trees = [tree["blocks"][LAYER] for tree in (momentum,)]
+            momentum = optax.tree.get(state.optimizer, "momentum")["blocks"][LAYER]
             grads = gradient(state.params, batch[0])["blocks"][LAYER]
             for kind, paths in KINDS.items():
                 for outer, inner in paths:
                     m, g = (
                         np.asarray(tree[outer][inner]["kernel"][...], np.float64)
-                        for tree in (*trees, grads)
+                        for tree in (momentum, grads)
                     )
                     ahead = MOMENTUM * (MOMENTUM * m + (1 - MOMENTUM) * g)
                     ahead += (1 - MOMENTUM) * g
@@ -221,34 +222,43 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def maps(method: Any, sigma: np.ndarray) -> np.ndarray:
-    """Returns what becomes of a singular value beside a much larger number of others.
+def mapped(method: Any, sigma: np.ndarray, frobenius: float) -> np.ndarray:
+    """Returns what becomes of singular values, over the Schatten-4 norm.
 
-    The matrices are diagonal, with the value and 1.
+    Args:
+      method: A method that keeps singular vectors.
+      sigma: The singular values.
+      frobenius: The Frobenius norm over the Schatten-4 norm, for the methods that
+        divide by it.
     """
-    pairs = np.zeros((len(sigma), 2, 2))
-    pairs[:, 0, 0], pairs[:, 1, 1] = 1.0, sigma
-    with jax.enable_x64(True):
-        mapped = jax.jit(method.polar)(jnp.asarray(pairs))
-    return np.asarray(mapped)[:, 1, 1]
+    if isinstance(method, om.NewtonSchulz):
+        schatten4 = method.normalization == "schatten4"
+        sigma = sigma if schatten4 else sigma / frobenius
+    else:
+        for h in method.maps:
+            sigma = h(sigma)
+    for a, b, c in method.rows:
+        sigma = a * sigma + b * sigma**3 + c * sigma**5
+    return sigma
 
 
 def plot(spectra: Path, out: Path) -> None:
     """Writes a figure of the maps of singular values, above the recorded ones."""
     found = json.loads(spectra.read_text())["singular_values"]
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(8, 7), layout="constrained")
     axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    sigma = np.geomspace(1e-4, 0.999, 401)
-    left_out = ("`MUD()`, one pass", "`Exact()`")
+    norms = [np.linalg.norm(sigma) for values in found.values() for sigma in values]
+    frobenius, sigma = float(np.mean(norms)), np.geomspace(1e-4, 1.0, 801)
     for name, method in METHODS.items():
-        if name not in left_out:
-            style = {"linestyle": "--"} if isinstance(method, om.NewtonSchulz) else {}
+        if hasattr(method, "rows"):
+            newton = isinstance(method, om.NewtonSchulz)
+            style = {"linestyle": "--", "linewidth": 1} if newton else {"linewidth": 2}
             label = name.replace("`", "")
-            axes.plot(sigma, maps(method, sigma), label=label, **style)
+            axes.plot(sigma, mapped(method, sigma, frobenius), label=label, **style)
     axes.axhline(1.0, color="black", linewidth=0.5)
     axes.set(xscale="log", ylabel="singular value of the result")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small")
+    figure.legend(loc="outside upper center", ncols=2, fontsize="small")
     edges = np.geomspace(1e-4, 1.0, 41)
     for kind, values in found.items():
         counts, _ = np.histogram(np.concatenate(values), edges)
@@ -268,6 +278,8 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="print the table of a result")
     parser.add_argument("--plot", type=Path, help="plot the maps and the spectra")
     arguments = parser.parse_args()
+    if (arguments.out or arguments.plot) and not arguments.spectra:
+        parser.error("--out and --plot need the file that --record has written")
     if arguments.record:
         arguments.record.write_text(json.dumps(recorded()) + "\n")
     if arguments.out:

@@ -13,6 +13,7 @@ from benchmarks import (
     collectives,
     nanogpt_seconds,
     nanogpt_sweep,
+    polar_methods,
     preconditioners,
     step_time,
 )
@@ -98,6 +99,8 @@ def test_the_tables_of_the_docs_are_those_of_the_raw_results():
         "\n\n"
     ):
         assert part in page
+    page = (ROOT / "docs" / "polar_methods.md").read_text()
+    assert polar_methods.table(results / "polar_methods_2026-11-24.json") in page
     sweep = results / "nanogpt_preconditioners_2026-11-22.json"
     assert nanogpt_sweep.table(sweep) in text
     seconds = results / "nanogpt_seconds_2026-11-22.json"
