@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import optax
@@ -68,10 +68,13 @@ class Side(NamedTuple):
     health: Health
 
 
+Momentum: TypeAlias = Any  # (m, n), or a tuple of them in `whiten_momentum`
+
+
 class Moments(NamedTuple):
     """Moments of a matrix in its two bases; None for a side is the identity."""
 
-    momentum: Array  # (m, n)
+    momentum: Momentum
     variance: Array | None  # (m, n)
     left: Side | None
     right: Side | None
@@ -151,7 +154,9 @@ class InBases:
             jnp.where(good, order, same),
         )
 
-    def carried(self, state: Moments, left: Side | None, right: Side | None) -> Array:
+    def carried(
+        self, state: Moments, left: Side | None, right: Side | None
+    ) -> Momentum:
         """Returns the momentum in new bases."""
         momentum = self.rotated_back(_wide(state.momentum), state.left, state.right)
         return self.rotated(momentum, left, right).astype(state.momentum.dtype)
@@ -184,7 +189,7 @@ def transformation(
     *,
     eps: ArrayLike,
     refresh: ArrayLike,
-    more: Mapping[str, optax.Schedule] | None = None,
+    more: Mapping[str, Any] | None = None,
     layout: _layout.Layout,
     placement: _placement.Placement | None,
 ) -> optax.GradientTransformationExtraArgs:

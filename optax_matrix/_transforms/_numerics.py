@@ -1,5 +1,6 @@
 """Arithmetic that transformations share: dtypes, averages and norms of matrices."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -59,6 +60,24 @@ def moving_averages(old: Any, updates: Any, decay: ArrayLike) -> Any:
         return moving_average(m.astype(g.dtype), g, decay)
 
     return jax.tree.map(average, updates, old)
+
+
+def mixture(
+    g: jax.Array,
+    averages: Sequence[jax.Array],
+    weights: Sequence[ArrayLike],
+    share: ArrayLike,
+) -> jax.Array:
+    """Returns the weighted sum of `averages`, looking ahead by `1 - share` of `g`."""
+    total = jnp.zeros_like(g)
+    for weight, m in zip(weights, averages, strict=True):
+        total += as_scalar(weight, g) * m
+    return moving_average(total, g, share)
+
+
+def stored(new: Any, like: Any) -> Any:
+    """Returns each leaf of `new` in the dtype of the same leaf of `like`."""
+    return jax.tree.map(lambda x, old: x.astype(old.dtype), new, like)
 
 
 def bias_correction(decay: ArrayLike, count: jax.Array, like: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from optax_matrix import _layout, _placement
 from optax_matrix._transforms import _numerics
 
-Scalars = Mapping[str, jax.Array]
+Scalars = Mapping[str, Any]
 
 
 class PerMatrixState(NamedTuple):
@@ -35,8 +35,8 @@ def per_matrix(
     Args:
       make: Makes the state of one matrix from its inputs, outputs and dtype.
       work: Returns the work for `map_matrices` on the leaves.
-      scalars: Its hyperparameters, which may be traced or schedules. It gets their
-        values, and ``count``, the number of earlier updates.
+      scalars: Its hyperparameters, which may be traced, schedules, or trees of them.
+        It gets their values, and ``count``, the number of earlier updates.
       layout: Which axes of a leaf are the matrix.
       place: Where leaves lie.
       block_size: The largest block, see `Preconditioner`; None is whole matrices.
@@ -67,10 +67,10 @@ def per_matrix(
         count = _numerics.next_count(state.count)
         if not leaves:
             return updates, PerMatrixState(count, state.matrices)
-        values = {
-            name: jnp.asarray(_numerics.value_at(value, state.count))
-            for name, value in scalars.items()
-        }
+        values = jax.tree.map(
+            lambda value: jnp.asarray(_numerics.value_at(value, state.count)),
+            dict(scalars),
+        )
         done, matrices = _placement.map_matrices(
             work(leaves),
             leaves,

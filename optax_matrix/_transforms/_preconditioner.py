@@ -182,7 +182,7 @@ class Precondition:
 def preconditioned(
     rule: MatrixRule,
     settings: Preconditioner,
-    scalars: Mapping[str, optax.ScalarOrSchedule],
+    scalars: Mapping[str, Any],
     *,
     layout: _layout.Layout,
     placement: _placement.Placement | None,
@@ -193,7 +193,7 @@ def preconditioned(
       rule: The rule.
       settings: Its settings.
       scalars: Its hyperparameters, ``refresh`` and ``start`` among them; they may be
-        schedules.
+        schedules, or trees of them.
       layout: Which axes of a leaf are the matrix.
       placement: Where leaves lie.
     """

@@ -93,9 +93,7 @@ def ema_momentum(
 
         averages = _numerics.moving_averages(state.momentum, updates, decay)
         ahead = jax.tree.map(look_ahead, updates, averages)
-        kept = jax.tree.map(
-            lambda m, old: m.astype(old.dtype), averages, state.momentum
-        )
+        kept = _numerics.stored(averages, state.momentum)
         return ahead, EmaMomentumState(count, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -81,10 +81,7 @@ def mixed_momentum(
 
         def mixed(g: jax.Array, *averages: jax.Array) -> jax.Array:
             wide = _numerics.wide(g)
-            mean = jnp.zeros_like(wide)
-            for weight, m in zip(mix, averages, strict=True):
-                mean += _numerics.as_scalar(weight, wide) * m
-            return _numerics.moving_average(mean, wide, share).astype(g.dtype)
+            return _numerics.mixture(wide, averages, mix, share).astype(g.dtype)
 
         averages = tuple(
             _numerics.moving_averages(
@@ -93,7 +90,7 @@ def mixed_momentum(
             for old, decay in zip(state.momenta, decays, strict=True)
         )
         mixture = jax.tree.map(mixed, updates, *averages)
-        kept = jax.tree.map(lambda m, old: m.astype(old.dtype), averages, state.momenta)
+        kept = _numerics.stored(averages, state.momenta)
         return mixture, MixedMomentumState(_numerics.next_count(state.count), kept)
 
     return optax.GradientTransformationExtraArgs(init, update)

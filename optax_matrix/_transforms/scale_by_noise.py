@@ -117,9 +117,7 @@ def scale_by_noise(
         variance = jax.tree.map(average, updates, state.momentum, state.variance)
         averages = _numerics.moving_averages(state.momentum, updates, decay)
         scaled = jax.tree.map(rescale, updates, averages, variance)
-        kept = jax.tree.map(
-            lambda m, old: m.astype(old.dtype), averages, state.momentum
-        )
+        kept = _numerics.stored(averages, state.momentum)
         return scaled, ScaleByNoiseState(count, kept, variance)
 
     return optax.GradientTransformationExtraArgs(init, update)

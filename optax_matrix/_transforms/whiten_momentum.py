@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _check, _layout, _placement
 from optax_matrix._transforms import _arguments, _eigenbases, _numerics
-from optax_matrix._transforms._eigenbases import SOAP, Moments
+from optax_matrix._transforms._eigenbases import SOAP, Moments, Momentum
 from optax_matrix._transforms._preconditioner import Scalars
 from optax_matrix._transforms._soap import SoapRule
 
@@ -19,7 +19,7 @@ from optax_matrix._transforms._soap import SoapRule
 class WhitenedMomentumRule(SoapRule):
     """Whitened momentum for one matrix; see `whiten_momentum`.
 
-    The state is SOAP's, but the averages of the momentum are not in the bases.
+    The state is SOAP's, but the momentum is a tuple of averages, not in the bases.
     """
 
     averages: int = 1
@@ -27,18 +27,18 @@ class WhitenedMomentumRule(SoapRule):
     def init(self, m: int, n: int, dtype: DTypeLike) -> Moments:
         """Returns zero moments, statistics and bases."""
         zeros = super().init(m, n, dtype)
-        momenta = jnp.zeros((self.averages, m, n), zeros.momentum.dtype)
-        return zeros._replace(momentum=momenta)
+        return zeros._replace(momentum=(zeros.momentum,) * self.averages)
 
     def observe(
         self, g: Array, state: Moments, scalars: Scalars
     ) -> tuple[Array, Moments]:
         """Whitens the momentum in the present bases, then averages the statistics."""
         g = _numerics.wide(g)
-        decays, weights = scalars["decays"], scalars["weights"]
-        momenta = _eigenbases.average(state.momentum, g[None], decays[:, None, None])
-        mixed = jnp.tensordot(_numerics.as_scalar(weights, g), momenta, 1)
-        ahead = _numerics.moving_average(mixed, g, scalars["momentum"])
+        momenta = tuple(
+            _eigenbases.average(old, g, decay)
+            for old, decay in zip(state.momentum, scalars["decays"], strict=True)
+        )
+        ahead = _numerics.mixture(g, momenta, scalars["weights"], scalars["momentum"])
         # There are no bases before the first gradient, so it is not whitened; the
         # product is NaN if the gradient is.
         seen = scalars["count"] > 0
@@ -52,12 +52,12 @@ class WhitenedMomentumRule(SoapRule):
         norms = [jnp.maximum(self.schatten4(x), eps) for x in (ahead, white)]
         direction = jnp.where(seen, white * (norms[0] / norms[1]), ahead)
         return direction, Moments(
-            momenta.astype(state.momentum.dtype),
+            _numerics.stored(momenta, state.momentum),
             variance.astype(self.variance(state).dtype),
             *self.observed_sides(g, state, scalars),
         )
 
-    def carried(self, state: Moments, left: object, right: object) -> Array:
+    def carried(self, state: Moments, left: object, right: object) -> Momentum:
         """Returns the momentum, which is not in the bases."""
         del left, right
         return state.momentum
@@ -152,11 +152,6 @@ def whiten_momentum(
     kernels = [momentum] if decays is None else decays
     shares = [1.0] if weights is None else weights
 
-    def values(of: Sequence[optax.ScalarOrSchedule]) -> optax.Schedule:
-        return lambda count: jnp.stack(
-            [jnp.asarray(_numerics.value_at(value, count)) for value in of]
-        )
-
     return _eigenbases.transformation(
         WhitenedMomentumRule(preconditioner, mu_dtype, len(kernels)),
         preconditioner,
@@ -164,7 +159,7 @@ def whiten_momentum(
         b2,
         eps=eps,
         refresh=refresh,
-        more={"decays": values(kernels), "weights": values(shares)},
+        more={"decays": tuple(kernels), "weights": tuple(shares)},
         layout=layout,
         placement=placement,
     )
