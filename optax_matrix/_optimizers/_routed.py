@@ -34,6 +34,9 @@ auxiliary_learning_rate: The learning rate of that AdamW, or a schedule. None:
   ``learning_rate`` times {factor}.
 """
 
+# The factor of the optimizers with a `shape_scale`, see `factor`.
+FACTOR = "0.15, or 1 with ``shape_scale='rms'``"
+
 
 def routed(
     matrix: Callable[[_layout.Layout], optax.GradientTransformation],
@@ -70,10 +73,27 @@ def routed(
     return _routing.partition(matrix, auxiliary, routing)
 
 
+def factor(shape_scale: _transforms.ShapeScale | None) -> float:
+    """Returns the learning rate of AdamW over that of matrices scaled by shape."""
+    return 1.0 if shape_scale == "rms" else 0.15
+
+
+def decayed(
+    weight_decay: optax.ScalarOrSchedule, mask: Any
+) -> optax.GradientTransformation:
+    """Returns `optax.add_decayed_weights` that keeps the dtype of updates.
+
+    With an array or a schedule, Optax returns float32 for bfloat16.
+    """
+    return _transforms.float32_statistics(optax.add_decayed_weights(weight_decay, mask))
+
+
 def product(
     a: optax.ScalarOrSchedule, b: optax.ScalarOrSchedule
 ) -> optax.ScalarOrSchedule:
-    """Returns the product of two numbers or schedules."""
+    """Returns the product of two numbers or schedules; 0.0 if `b` is a Python 0."""
+    if isinstance(b, int | float) and b == 0:
+        return 0.0
     if callable(a) or callable(b):
         return lambda count: _numerics.value_at(a, count) * _numerics.value_at(b, count)
     return a * b

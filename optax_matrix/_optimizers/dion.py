@@ -11,7 +11,7 @@ from optax_matrix._optimizers import _polar_express, _routed
 _QUARTER = _linalg.LargestSlices(0.25, _polar_express.five_steps(1.02))
 
 
-@_routed.documented("0.15, or 1 with ``shape_scale='rms'``")
+@_routed.documented(_routed.FACTOR)
 def dion(
     learning_rate: optax.ScalarOrSchedule = 0.01,
     *,
@@ -72,10 +72,9 @@ def dion(
                 placement=placement,
             ),
             _transforms.scale_by_shape(shape_scale, layout=layout),
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            _routed.decayed(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
         )
 
-    factor = 1.0 if shape_scale == "rms" else 0.15
-    rates = (learning_rate, factor, auxiliary_learning_rate)
+    rates = (learning_rate, _routed.factor(shape_scale), auxiliary_learning_rate)
     return _routed.routed(matrix, routing, auxiliary, *rates)

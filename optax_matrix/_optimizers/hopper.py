@@ -108,7 +108,7 @@ def hopper(
         return optax.chain(
             direction(layout),
             _transforms.match_rms(rms, layout=layout),
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            _routed.decayed(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
         )
 
@@ -181,7 +181,7 @@ def adamuon(
             ),
             _transforms.scale_by_variance(b2, eps=eps, debias=False),
             _transforms.match_rms(rms, layout=layout),
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            _routed.decayed(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
         )
 

@@ -66,7 +66,7 @@ def muonh(
                 orthogonalize, layout=layout, placement=placement
             ),
             _transforms.normalize_frobenius("param", layout=layout),
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            _routed.decayed(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
             _transforms.hyperball_retract(layout=layout),
         )
@@ -127,7 +127,7 @@ def adamh(
         return optax.chain(
             adam,
             _transforms.normalize_frobenius("param", layout=layout),
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            _routed.decayed(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
             _transforms.hyperball_retract(layout=layout),
         )

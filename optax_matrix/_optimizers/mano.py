@@ -68,7 +68,7 @@ def mano(
         return optax.chain(
             _transforms.ema_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype),
             _transforms.oblique_tangent(rms, layout=layout),
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            _routed.decayed(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
         )
 

@@ -84,11 +84,8 @@ def muown(
         magnitude = optax.chain(adam, optax.scale_by_learning_rate(learning_rate))
         return optax.chain(
             _transforms.weight_normalized(direction, magnitude, layout=layout),
-            # The step is final, so the decay has the learning rate and the sign. With a
-            # schedule Optax would return float32 for bfloat16.
-            _transforms.float32_statistics(
-                optax.add_decayed_weights(decay, weight_decay_mask)
-            ),
+            # The step is final, so the decay has the learning rate and the sign.
+            _routed.decayed(decay, weight_decay_mask),
         )
 
     rates = (learning_rate, 1.0, auxiliary_learning_rate)

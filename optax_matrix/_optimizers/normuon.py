@@ -9,7 +9,7 @@ from optax_matrix import _layout, _linalg, _placement, _routing, _transforms
 from optax_matrix._optimizers import _routed
 
 
-@_routed.documented("0.15, or 1 with ``shape_scale='rms'``")
+@_routed.documented(_routed.FACTOR)
 def normuon(
     learning_rate: optax.ScalarOrSchedule = 0.02,
     *,
@@ -71,10 +71,9 @@ def normuon(
             ),
             _transforms.scale_by_neuron_variance(b2, eps=eps, layout=layout),
             _transforms.scale_by_shape(shape_scale, layout=layout),
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            _routed.decayed(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
         )
 
-    factor = 1.0 if shape_scale == "rms" else 0.15
-    rates = (learning_rate, factor, auxiliary_learning_rate)
+    rates = (learning_rate, _routed.factor(shape_scale), auxiliary_learning_rate)
     return _routed.routed(matrix, routing, auxiliary, *rates)

@@ -11,6 +11,8 @@ from optax_matrix._optimizers.hopper import adamuon, hopper
 from optax_matrix._optimizers.hyperball import adamh, muonh
 from optax_matrix._optimizers.mano import mano
 from optax_matrix._optimizers.muon import muon, muonw
+from optax_matrix._optimizers.muon_squared import muon_squared
+from optax_matrix._optimizers.muon_vs import muon_nsr, muon_vs
 from optax_matrix._optimizers.muown import muown
 from optax_matrix._optimizers.nanochat import nanochat_muon
 from optax_matrix._optimizers.normuon import normuon
@@ -19,7 +21,6 @@ from optax_matrix._optimizers.soap import kl_soap, soap, soap_muon
 from optax_matrix._optimizers.spectral_sphere import spectral_sphere
 from optax_matrix._optimizers.spel import spel
 from optax_matrix._optimizers.track3 import track3
-from optax_matrix._optimizers.variance import muon_nsr, muon_squared, muon_vs
 
 Factory = Callable[..., optax.GradientTransformation]
 

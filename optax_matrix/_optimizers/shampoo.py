@@ -93,7 +93,7 @@ def shampoo(
             )
         return optax.chain(
             direction,
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            _routed.decayed(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
         )
 

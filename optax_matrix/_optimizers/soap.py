@@ -69,7 +69,7 @@ def soap(
                 layout=layout,
                 placement=placement,
             ),
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            _routed.decayed(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
         )
 
@@ -99,7 +99,7 @@ def kl_soap() -> None:
     """
 
 
-@_routed.documented("0.15, or 1 with ``shape_scale='rms'``")
+@_routed.documented(_routed.FACTOR)
 def soap_muon(
     learning_rate: optax.ScalarOrSchedule = 0.02,
     *,
@@ -167,10 +167,9 @@ def soap_muon(
                 orthogonalize, layout=layout, placement=placement
             ),
             _transforms.scale_by_shape(shape_scale, layout=layout),
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            _routed.decayed(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
         )
 
-    factor = 1.0 if shape_scale == "rms" else 0.15
-    rates = (learning_rate, factor, auxiliary_learning_rate)
+    rates = (learning_rate, _routed.factor(shape_scale), auxiliary_learning_rate)
     return _routed.routed(matrix, routing, auxiliary, *rates)

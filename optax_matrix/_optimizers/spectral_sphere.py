@@ -81,8 +81,8 @@ def spectral_sphere(
             _transforms.ema_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype),
             stage(orthogonalize, layout=layout, placement=placement),
             _transforms.scale_by_shape("mup", layout=layout),
-            optax.scale(radius),
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            _transforms.float32_statistics(optax.scale(radius)),
+            _routed.decayed(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
             _transforms.spectral_sphere_retract(radius, layout=layout),
         )

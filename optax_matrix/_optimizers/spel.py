@@ -70,7 +70,7 @@ def spel(
             _transforms.orthogonalize(
                 orthogonalize, layout=layout, placement=placement
             ),
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            _routed.decayed(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
             _transforms.stiefel_retract(layout=layout, placement=placement),
         )

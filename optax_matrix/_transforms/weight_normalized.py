@@ -116,9 +116,10 @@ def weight_normalized(
             rest = d.astype(u.dtype) - view.expand(d_g) * u
             return rest * view.expand(g / jnp.abs(length))
 
-        def compose(view: View, d: Array, w: Array, v: Array, g: Array) -> Array:
-            norm = view.expand(_numerics.output_norms(view, v))
-            end = _numerics.divide_or_zero(v, norm) * view.expand(g)
+        def compose(
+            view: View, d: Array, w: Array, v: Array, g: Array, length: Array
+        ) -> Array:
+            end = v * view.expand(g / length)
             return (end - w.astype(end.dtype)).astype(d.dtype)
 
         v = _layout.tree_map(stretch, layout, params, norms, state.length)
@@ -127,8 +128,9 @@ def weight_normalized(
         v_step, direction_state = ways.update(d_v, state.direction, v, **extra_args)
         g_step, magnitude_state = sizes.update(d_g, state.magnitude, g, **extra_args)
         v, g = optax.apply_updates(v, v_step), optax.apply_updates(g, g_step)
-        step = _layout.tree_map(compose, layout, updates, params, v, g)
-        length = jax.tree.map(jnp.copysign, lengths(v), g)
+        norms = lengths(v)
+        step = _layout.tree_map(compose, layout, updates, params, v, g, norms)
+        length = jax.tree.map(jnp.copysign, norms, g)
         return step, WeightNormalizedState(length, direction_state, magnitude_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

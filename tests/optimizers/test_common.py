@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,6 +194,30 @@ def test_weight_decay_may_be_a_schedule():
         want, other = plain.update(params, other, params)
         want = want["kernel"] - 0.5 * halves(count) * params["kernel"]
         np.testing.assert_allclose(got["kernel"], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "weight_decay", [halves, np.float32(0.1)], ids=["schedule", "array"]
+)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weight_decay_of_any_type_keeps_the_dtype(name, weight_decay):
+    params = {"kernel": jnp.ones((5, 4), "bfloat16"), "frozen": None}
+    tx = OPTIMIZERS[name](0.02, weight_decay=weight_decay)
+
+    def first(params):
+        return tx.update(params, tx.init(params), params)[0]
+
+    chex.assert_trees_all_equal_dtypes(jax.eval_shape(first, params), params)
+
+
+def test_a_radius_that_is_an_array_keeps_the_dtype():
+    params = {"kernel": jnp.ones((5, 4), "bfloat16")}
+    tx = om.spectral_sphere(0.02, radius=jnp.float32(2.0))
+
+    def first(params):
+        return tx.update(params, tx.init(params), params)[0]
+
+    assert jax.eval_shape(first, params)["kernel"].dtype == "bfloat16"
 
 
 SPECTRAL = {"muon", "muonw", "normuon", "muonh", "adamh", "soap_muon", "track3"}

@@ -1,4 +1,4 @@
-"""Muon with a variance of each entry before the orthogonalization."""
+"""Muon-VS and Muon-NSR: Muon of a momentum divided by its noise."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from optax_matrix._optimizers import _routed
 from optax_matrix._presets import preset
 
 
-@_routed.documented("1, or 0.15 with another ``shape_scale`` than ``'rms'``")
+@_routed.documented(_routed.FACTOR)
 def muon_vs(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     *,
@@ -69,12 +69,11 @@ def muon_vs(
                 orthogonalize, layout=layout, placement=placement
             ),
             _transforms.scale_by_shape(shape_scale, layout=layout),
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            _routed.decayed(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
         )
 
-    factor = 1.0 if shape_scale == "rms" else 0.15
-    rates = (learning_rate, factor, auxiliary_learning_rate)
+    rates = (learning_rate, _routed.factor(shape_scale), auxiliary_learning_rate)
     return _routed.routed(matrix, routing, auxiliary, *rates)
 
 
@@ -104,81 +103,3 @@ def muon_nsr() -> None:
       <https://arxiv.org/abs/2601.14603>`_. The authors' files have 10 or 1000 as the
       default of ``gamma``.
     """
-
-
-@_routed.documented("0.15, or 1 with ``shape_scale='rms'``")
-def muon_squared(
-    learning_rate: optax.ScalarOrSchedule = 0.02,
-    *,
-    momentum: optax.ScalarOrSchedule = 0.95,
-    nesterov: bool = True,
-    b2: ArrayLike = 0.95,
-    eps: ArrayLike = 1e-10,
-    orthogonalize: str | _linalg.PolarMethod | None = "newton_schulz",
-    shape_scale: _transforms.ShapeScale | None = "spectral",
-    weight_decay: optax.ScalarOrSchedule = 0.0,
-    weight_decay_mask: Any = None,
-    mu_dtype: DTypeLike | None = None,
-    routing: _routing.Routing = None,
-    placement: _placement.Placement | None = None,
-    auxiliary: optax.GradientTransformation | None = None,
-    auxiliary_learning_rate: optax.ScalarOrSchedule | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Muon²: Muon of a momentum that is divided by Adam's second moment.
-
-    With :math:`U` the momentum of `muon`, :math:`G` the raw gradient and
-    :math:`\beta_2` = ``b2``,
-
-    .. math::
-      v \leftarrow \beta_2 v + (1 - \beta_2) G^2, \quad
-      O = \operatorname{NS}_5\!\left(U / (\sqrt v + \epsilon)\right), \quad
-      W \leftarrow (1 - \eta\lambda) W - \eta \sqrt{\max(1, out/in)} \, O.
-
-    There is no bias correction, because orthogonalization removes the scale.
-    modded-nanogpt's run of it on its optimization track is::
-
-        muon_squared(
-            0.1,
-            weight_decay=0.0125,
-            orthogonalize=NewtonSchulz(12, coefficients="track3"),
-        )
-
-    Args:
-      learning_rate: :math:`\eta`, see `muon`.
-      momentum: See `muon`.
-      nesterov: See `muon`.
-      b2: :math:`\beta_2`, in [0, 1).
-      eps: :math:`\epsilon`, positive, in the unit of the gradient.
-      orthogonalize: See `muon`. The paper claims that fewer steps suffice than in Muon.
-      shape_scale: The factor of the shape, see `scale_by_shape`; None is 1.
-      <common arguments>
-
-    Returns:
-      An optimizer. The state is two float32 arrays per hidden matrix, and that of the
-      auxiliary optimizer.
-
-    Raises:
-      ValueError: As `muon`.
-      TypeError: As `muon`.
-
-    References:
-      Muon², 2026, `arXiv:2604.09967 <https://arxiv.org/abs/2604.09967>`_; the rule is
-      that of the modded-nanogpt optimization track, ``20260501_muonsq``.
-    """
-    average = _transforms.ema_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype)
-    _routed.check_rates(learning_rate, weight_decay)
-
-    def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
-        return optax.chain(
-            _transforms.scale_by_variance(b2, eps=eps, debias=False, inner=average),
-            _transforms.orthogonalize(
-                orthogonalize, layout=layout, placement=placement
-            ),
-            _transforms.scale_by_shape(shape_scale, layout=layout),
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
-            optax.scale_by_learning_rate(learning_rate),
-        )
-
-    factor = 1.0 if shape_scale == "rms" else 0.15
-    rates = (learning_rate, factor, auxiliary_learning_rate)
-    return _routed.routed(matrix, routing, auxiliary, *rates)
