@@ -46,17 +46,18 @@ def _only(mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh, kind: AxisType) -
     return not mesh.empty and all(axis is kind for axis in mesh.axis_types)
 
 
-def gathered(x: jax.Array) -> jax.Array:
-    """Returns `x`, gathered on every device if its type is sharded.
+def gathered(x: jax.Array, axis: int | None = None) -> jax.Array:
+    """Returns `x`, gathered along `axis` (None: all axes) if its type is sharded there.
 
     Explicit mode does not choose the sharding of a reshape or a product of sharded
     axes.
     """
     sharding = jax.typeof(x).sharding
-    if sharding.mesh.empty or all(axis is None for axis in sharding.spec):
+    spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+    whole = [None if axis in (None, i) else entry for i, entry in enumerate(spec)]
+    if sharding.mesh.empty or whole == spec:
         return x
-    whole = jax.NamedSharding(sharding.mesh, jax.P(*[None] * x.ndim))
-    return jax.sharding.reshard(x, whole)
+    return jax.sharding.reshard(x, jax.NamedSharding(sharding.mesh, jax.P(*whole)))
 
 
 def like(x: jax.Array, original: jax.Array) -> jax.Array:

@@ -6,7 +6,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
+from benchmarks import hlo
 from optax_matrix import _paths
 from optax_matrix._layout import (
     FittedLayout,
@@ -209,6 +212,17 @@ def test_a_sum_of_a_split_side_has_one_entry_per_block():
     assert total.shape == (2, 1, 3)
     assert fitted.sum(x, outputs=False).shape == (2, 1, 8)
     assert fitted.sum(x, inputs=False).shape == (2, 5, 3)
+
+
+def test_a_sum_of_a_split_side_gathers_no_other_axis():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    fitted = view((16, 24), MatrixLayout(split_outputs=(16, 4, 4)))
+    with jax.set_mesh(mesh):
+        for spec, count in ((P("x", None), 0), (P(None, "x"), 1)):
+            x = jax.device_put(jnp.ones((16, 24)), spec)
+            text = jax.jit(fitted.sum).lower(x).compile().as_text() or ""
+            kinds = [found.kind for found in hlo.collectives(text)]
+            assert kinds.count("all-gather") == count
 
 
 def test_a_sum_without_splits_reshapes_nothing():

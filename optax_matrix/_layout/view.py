@@ -159,9 +159,22 @@ class MatrixView:
           number of blocks where that side is split. `expand` brings it back.
 
         Sharding:
-          Any. A side that is not split needs only a `jnp.sum` and no reshape.
+          Any. A side that is split is gathered along its axis; one that is not needs
+          only a `jnp.sum` and no reshape.
         """
         return self._reduce(jnp.sum, x, inputs, outputs)
+
+    def gathered(
+        self, x: jax.Array, inputs: bool = True, outputs: bool = True
+    ) -> jax.Array:
+        """Returns `x` as `sum` over these axes needs it, for several such sums.
+
+        Axes that are split are gathered.
+        """
+        for side, widths in self._sides(inputs, outputs):
+            if len(widths) > 1:
+                x = _mesh.gathered(x, side[0])
+        return x
 
     def max(self, x: jax.Array) -> jax.Array:
         """Returns the largest entry of each matrix, or 0, in the shape of `sum`."""
@@ -180,7 +193,8 @@ class MatrixView:
                 axes += side
             else:
                 # Explicit mode cannot cut a sharded axis into blocks.
-                x = _block_reduce(reduce, _mesh.gathered(x), side[0], widths)
+                x = _mesh.gathered(x, side[0])
+                x = _block_reduce(reduce, x, side[0], widths)
         return reduce(x, axis=axes, keepdims=True) if axes else x
 
     def expand(self, r: Any) -> Any:

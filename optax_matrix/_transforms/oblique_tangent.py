@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_matrix import _check, _layout
+from optax_matrix import _check, _layout, _mesh
 from optax_matrix._transforms import _arguments, _numerics
 
 
@@ -76,8 +76,8 @@ def oblique_tangent(
         def inner(x: jax.Array, y: jax.Array) -> jax.Array:
             return view.sum(x * y, **sides)
 
-        wide = _numerics.wide(u)
-        p = p.astype(wide.dtype)
+        wide = _numerics.wide(view.gathered(u, **sides))
+        p = view.gathered(p, **sides).astype(wide.dtype)
         unit = _numerics.divide_or_zero(p, view.expand(jnp.sqrt(inner(p, p))))
         tangent = wide - view.expand(inner(wide, unit)) * unit
         norm = jnp.sqrt(inner(tangent, tangent))
@@ -88,7 +88,8 @@ def oblique_tangent(
         direction = _numerics.divide_or_zero(tangent, view.expand(norm))
         length = jnp.sqrt(jnp.asarray(view.size(**sides), wide.dtype))
         length = view.expand(jnp.broadcast_to(length, norm.shape))
-        return (direction * (length * _numerics.as_scalar(rms, wide))).astype(u.dtype)
+        step = direction * (length * _numerics.as_scalar(rms, wide))
+        return _mesh.like(step.astype(u.dtype), u)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args

@@ -8,6 +8,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import optax_matrix as om
+from benchmarks import hlo
 from tests import problems
 
 
@@ -99,6 +100,18 @@ def test_sharded_equals_unsharded_in_both_directions(kind, spec, layout):
             got, state = update(u, state, w)
             assert jax.typeof(got) == jax.typeof(w)
             np.testing.assert_allclose(got, want[t], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec, count", [(P("x", None), 0), (P(None, "x"), 2)])
+def test_each_input_is_gathered_once_and_only_along_the_split_side(spec, count):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    tx = om.oblique_tangent(layout=om.MatrixLayout(split_outputs=(16, 4, 4)))
+    with jax.set_mesh(mesh):
+        w = jax.device_put(jnp.ones((16, 24)), spec)
+        program = jax.jit(tx.update).lower(w, tx.init(w), w).compile()
+    kinds = [found.kind for found in hlo.collectives(program.as_text() or "")]
+    assert kinds.count("all-gather") == count
 
 
 def test_bad_arguments_and_leaves_are_named():
