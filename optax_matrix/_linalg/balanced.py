@@ -1,5 +1,6 @@
 """A polar factor whose entries add up to zero."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,13 @@ class Balanced:
     def transposable(self) -> bool:
         """Whether ``polar(x.mT)`` is ``polar(x).mT``."""
         return bool(getattr(self.method, "transposable", False))
+
+    @property
+    def flops(self) -> Callable[..., int]:
+        """The FLOPs of all applications; missing if `method` has no formula."""
+        method: Any = self.method
+        inner = method.flops
+        return lambda *given: (self.bisections + 1) * inner(*given)
 
     def polar(self, x: Array) -> Array:
         """Orthogonalizes each matrix of (..., m, n)."""

@@ -49,8 +49,8 @@ class CoefficientTable:
       rows: The published ``(a, b, c)`` of each step, in the order of the steps.
       source: Where the numbers were published.
       domain: The interval of singular values that the bounds hold for, within (0, 1].
-        An upper end below 1 means that the rows fail above it; `take` then scales the
-        input down to it.
+        If its upper end is below 1, `take` scales the input down to it: where the rows
+        fail above it, or for a margin.
       band: The interval into which ``default_steps`` steps map ``domain``.
       default_steps: The number of steps if none is given.
       repeats_last: Whether the last row is repeated if there are more steps than rows.
@@ -217,6 +217,26 @@ _POLAR_EXPRESS = CoefficientTable(
     safety=1.01,
 )
 
+_POLAR_EXPRESS5 = CoefficientTable(
+    name="polar_express5",
+    rows=(
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ),
+    source=(
+        "Amsel et al., 2025, https://arxiv.org/abs/2505.16932, for five steps with a "
+        "cushion of 2 and a safety factor of 1.02; in modded-nanogpt, in "
+        "https://github.com/karpathy/nanochat and in https://github.com/microsoft/dion"
+    ),
+    # Dion divides the matrix by 1.02 times its norm.
+    domain=(2e-3, 1 / 1.02),
+    band=(0.858, 1.142),
+    default_steps=5,
+)
+
 _CANS = CoefficientTable(
     name="cans",
     rows=(
@@ -311,6 +331,7 @@ TABLES: Mapping[str, CoefficientTable] = MappingProxyType(
             _JORDAN,
             _QUINTIC,
             _POLAR_EXPRESS,
+            _POLAR_EXPRESS5,
             _CANS,
             _AOL,
             _TRACK3,

@@ -42,8 +42,9 @@ def restart_points(rows: Sequence[Row], gain: float) -> tuple[int, ...]:
       rows: Coefficients ``(a, b, c)`` of the run.
       gain: Largest ∏ aᵢ within a block of more than one step, see `block_gain`.
         bfloat16's splits the tables as 2+2+1 (jordan), 1+1+2+1 (quintic), 1+1+1+2+3
-        (polar_express), 1+1+1+2 (cans), 2+2 (aol), 2+2+1 (cubic5), 3+3+3+3 (track3) and
-        6+6+6+2 (cubic); float32's leaves jordan and quintic in one block.
+        (polar_express), 1+1+1+2 (polar_express5, cans), 2+2 (aol), 2+2+1 (cubic5),
+        3+3+3+3 (track3) and 6+6+6+2 (cubic); float32's leaves jordan and quintic in one
+        block.
 
     Returns:
       Increasing step indices, each in [1, len(rows)); empty when one block will do.

@@ -439,12 +439,13 @@ _NAMED = {
 }
 
 
-def as_method(value: str | PolarMethod) -> PolarMethod:
+def as_method(value: str | PolarMethod, name: str = "method") -> PolarMethod:
     """Returns the method of a name, or the method itself.
 
     Args:
       value: ``"newton_schulz"``, ``"halley"``, ``"zolotarev"``, ``"mud"`` or
         ``"exact"`` with default settings, or an object with a ``polar`` method.
+      name: The name of the argument, for errors.
 
     Raises:
       ValueError: If the name is unknown.
@@ -452,19 +453,18 @@ def as_method(value: str | PolarMethod) -> PolarMethod:
         hashable.
     """
     if isinstance(value, str):
-        _check.one_of("orthogonalize", value, tuple(_NAMED))
+        _check.one_of(name, value, tuple(_NAMED))
         return _NAMED[value]()
     if isinstance(value, type) or not isinstance(value, PolarMethod):
         raise TypeError(
-            f"`orthogonalize` must be one of {', '.join(map(repr, _NAMED))}, or an "
+            f"`{name}` must be one of {', '.join(map(repr, _NAMED))}, or an "
             f"object with a `polar` method such as `NewtonSchulz()`, got {value!r}."
         )
     try:
         hash(value)
     except TypeError:
         raise TypeError(
-            "`orthogonalize` must be hashable, as a frozen dataclass is, got "
-            f"{value!r}."
+            f"`{name}` must be hashable, as a frozen dataclass is, got {value!r}."
         ) from None
     return value
 

@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_matrix import _check, _layout, _routing, _transforms
+from optax_matrix import _check, _layout, _linalg, _routing, _transforms
 from optax_matrix._transforms import _arguments, _numerics
 
 P = ParamSpec("P")
@@ -99,8 +99,10 @@ def product(
     return a * b
 
 
-def check_rates(learning_rate: Any, weight_decay: Any) -> None:
-    """Checks the arguments for stages of Optax, which do not check them."""
+def check(learning_rate: Any, weight_decay: Any, orthogonalize: Any = None) -> None:
+    """Checks arguments that stages do not check, or know under another name."""
+    if orthogonalize is not None:
+        _linalg.as_method(orthogonalize, "orthogonalize")
     _arguments.number_or_schedule("learning_rate", learning_rate, 0.0)
     _arguments.number_or_schedule("weight_decay", weight_decay, 0.0)
 

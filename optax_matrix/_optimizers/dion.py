@@ -6,9 +6,7 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_matrix import _layout, _linalg, _placement, _routing, _transforms
-from optax_matrix._optimizers import _polar_express, _routed
-
-_QUARTER = _linalg.LargestSlices(0.25, _polar_express.five_steps(1.02))
+from optax_matrix._optimizers import _routed
 
 
 @_routed.documented(_routed.FACTOR)
@@ -16,7 +14,7 @@ def dion(
     learning_rate: optax.ScalarOrSchedule = 0.01,
     *,
     momentum: optax.ScalarOrSchedule = 0.95,
-    orthogonalize: str | _linalg.PolarMethod | None = _QUARTER,
+    orthogonalize: str | _linalg.PolarMethod | None = _linalg.LargestSlices(),
     shape_scale: _transforms.ShapeScale | None = "mup",
     weight_decay: optax.ScalarOrSchedule = 0.01,
     weight_decay_mask: Any = None,
@@ -39,11 +37,10 @@ def dion(
 
     Args:
       learning_rate: :math:`\eta`, see `muon`.
-      momentum: :math:`\mu`, in [0, 1), or a schedule: what remains of the slices that
-        were orthogonalized.
+      momentum: :math:`\mu`, in [0, 1), or a schedule: the factor applied to the slices
+        that were orthogonalized.
       orthogonalize: See `muon`. `LargestSlices` has the fraction, and the method for
-        the smaller matrix: five steps of Polar Express by default. Other methods
-        orthogonalize whole matrices.
+        the smaller matrix. Other methods orthogonalize whole matrices.
       shape_scale: The factor of the shape, see `scale_by_shape`; None is 1.
       <common arguments>
 
@@ -60,7 +57,7 @@ def dion(
       and `code <https://github.com/microsoft/dion>`_, with its defaults. Differs: see
       `orthogonalize_with_feedback`; the authors multiply in bfloat16.
     """
-    _routed.check_rates(learning_rate, weight_decay)
+    _routed.check(learning_rate, weight_decay, orthogonalize)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(

@@ -89,7 +89,7 @@ def hopper(
     else:
         momentum = 0.9 if momentum is None else momentum
         b2 = 0.999 if b2 is None else b2
-    _routed.check_rates(learning_rate, weight_decay)
+    _routed.check(learning_rate, weight_decay, orthogonalize)
     adam = _routed.adam(momentum, b2, eps, mu_dtype)
 
     def direction(layout: _layout.Layout) -> optax.GradientTransformation:
@@ -170,7 +170,7 @@ def adamuon(
       no bias correction of :math:`V`, as in the paper: with the RMS matched it would
       act through :math:`\epsilon` alone.
     """
-    _routed.check_rates(learning_rate, weight_decay)
+    _routed.check(learning_rate, weight_decay, orthogonalize)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(

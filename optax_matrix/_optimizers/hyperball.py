@@ -57,7 +57,7 @@ def muonh(
       Wen et al., 2026, Hyperball, `arXiv:2606.16899
       <https://arxiv.org/abs/2606.16899>`_.
     """
-    _routed.check_rates(learning_rate, weight_decay)
+    _routed.check(learning_rate, weight_decay, orthogonalize)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(
@@ -120,7 +120,7 @@ def adamh(
       <https://arxiv.org/abs/2606.16899>`_.
     """
     _placement.as_placement(placement)
-    _routed.check_rates(learning_rate, weight_decay)
+    _routed.check(learning_rate, weight_decay)
     adam = _routed.adam(momentum, b2, eps, mu_dtype)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:

@@ -62,7 +62,7 @@ def mano(
       which looks ahead and does not divide by :math:`\|w_k\|^2`, is another rule.
     """
     _placement.as_placement(placement)
-    _routed.check_rates(learning_rate, weight_decay)
+    _routed.check(learning_rate, weight_decay)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(

@@ -79,7 +79,7 @@ def muon(
       Jordan et al., 2024, `Muon <https://kellerjordan.github.io/posts/muon/>`_ and
       `code <https://github.com/KellerJordan/Muon>`_.
     """
-    _routed.check_rates(learning_rate, weight_decay)
+    _routed.check(learning_rate, weight_decay, orthogonalize)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(

@@ -69,7 +69,7 @@ def muon_squared(
       that of the modded-nanogpt optimization track, ``20260501_muonsq``.
     """
     average = _transforms.ema_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype)
-    _routed.check_rates(learning_rate, weight_decay)
+    _routed.check(learning_rate, weight_decay, orthogonalize)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(

@@ -58,7 +58,7 @@ def muon_vs(
       Variance-adaptive Muon, 2026, `arXiv:2601.14603
       <https://arxiv.org/abs/2601.14603>`_.
     """
-    _routed.check_rates(learning_rate, weight_decay)
+    _routed.check(learning_rate, weight_decay, orthogonalize)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(

@@ -68,7 +68,7 @@ def muown(
       negative sign, and it returns NaN for an output that is zero at the start. The
       record of the modded-nanogpt optimization track also schedules :math:`\|v\|`.
     """
-    _routed.check_rates(learning_rate, weight_decay)
+    _routed.check(learning_rate, weight_decay, orthogonalize)
     adam = _routed.adam(magnitude_momentum, b2, eps, None, "magnitude_momentum")
     decay = _routed.product(_routed.product(learning_rate, weight_decay), -1.0)
 

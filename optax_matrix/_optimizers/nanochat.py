@@ -1,14 +1,18 @@
 """The Muon of nanochat: equalized, orthogonalized, rescaled, with cautious decay."""
 
+import dataclasses
 from typing import Any
 
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _layout, _linalg, _placement, _routing, _transforms
-from optax_matrix._optimizers import _polar_express, _routed
+from optax_matrix._optimizers import _routed
 
-_METHOD = _polar_express.five_steps(1.01)
+_TABLE = _linalg.TABLES["polar_express5"]
+# nanochat divides the matrix by 1.01 times its norm; the factor is folded into the
+# first row.
+_ROWS = dataclasses.replace(_TABLE, domain=(_TABLE.domain[0], 1 / 1.01)).take()
 
 
 @_routed.documented("0.15")
@@ -16,7 +20,9 @@ def nanochat_muon(
     learning_rate: optax.ScalarOrSchedule = 0.02,
     *,
     momentum: optax.ScalarOrSchedule = 0.95,
-    orthogonalize: str | _linalg.PolarMethod | None = _METHOD,
+    orthogonalize: str | _linalg.PolarMethod | None = _linalg.NewtonSchulz(
+        coefficients=_ROWS
+    ),
     b2: ArrayLike = 0.9,
     eps: ArrayLike = 1e-10,
     weight_decay: optax.ScalarOrSchedule = 0.28,
@@ -61,7 +67,7 @@ def nanochat_muon(
       1e-5. It schedules the momentum and decays ``weight_decay`` to 0, and multiplies
       in bfloat16.
     """
-    _routed.check_rates(learning_rate, weight_decay)
+    _routed.check(learning_rate, weight_decay, orthogonalize)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         decay = _transforms.add_cautious_weight_decay(weight_decay)

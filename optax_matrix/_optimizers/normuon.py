@@ -61,7 +61,7 @@ def normuon(
       is always over the inputs, as in the authors' code; some ports use the shorter
       axis.
     """
-    _routed.check_rates(learning_rate, weight_decay)
+    _routed.check(learning_rate, weight_decay, orthogonalize)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(

@@ -70,7 +70,7 @@ def shampoo(
       <https://arxiv.org/abs/1802.09568>`_; Anil et al., 2020, `arXiv:2002.09018
       <https://arxiv.org/abs/2002.09018>`_.
     """
-    _routed.check_rates(learning_rate, weight_decay)
+    _routed.check(learning_rate, weight_decay)
     mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
     magnitude = _magnitude(graft, momentum, mu_dtype)
 

@@ -55,7 +55,7 @@ def soap(
     References:
       Vyas et al., 2024, `arXiv:2409.11321 <https://arxiv.org/abs/2409.11321>`_.
     """
-    _routed.check_rates(learning_rate, weight_decay)
+    _routed.check(learning_rate, weight_decay)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(
@@ -149,7 +149,7 @@ def soap_muon(
       Vyas et al., 2024, `arXiv:2409.11321 <https://arxiv.org/abs/2409.11321>`_; Jordan
       et al., 2024, `Muon <https://kellerjordan.github.io/posts/muon/>`_.
     """
-    _routed.check_rates(learning_rate, weight_decay)
+    _routed.check(learning_rate, weight_decay, orthogonalize)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(

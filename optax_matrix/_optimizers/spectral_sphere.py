@@ -67,10 +67,13 @@ def spectral_sphere(
 
     References:
       Controlled LLM Training on Spectral Sphere, 2026, `arXiv:2601.08393
-      <https://arxiv.org/abs/2601.08393>`_. Differs: see `tangent_orthogonalize` and
-      `spectral_sphere_retract`. The default learning rate is that of `muon`.
+      <https://arxiv.org/abs/2601.08393>`_ and `code
+      <https://github.com/Unakar/Spectral-Sphere-Optimizer>`_. Differs: see
+      `tangent_orthogonalize` and `spectral_sphere_retract`. The default learning rate
+      is that of `muon`.
     """
-    _routed.check_rates(learning_rate, weight_decay)
+    _routed.check(learning_rate, weight_decay)
+    _linalg.as_method(orthogonalize, "orthogonalize")  # None raises.
     _check.boolean("tangent", tangent)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:

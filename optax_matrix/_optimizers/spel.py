@@ -62,7 +62,7 @@ def spel(
       orthonormal to rounding, where five quintic steps leave singular values from 0.98
       to 1.15; and the default learning rate is that of `muon`, not 3e-4.
     """
-    _routed.check_rates(learning_rate, weight_decay)
+    _routed.check(learning_rate, weight_decay, orthogonalize)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(

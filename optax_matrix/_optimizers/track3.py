@@ -77,7 +77,7 @@ def track3(
       momentum and whitened momentum in attention outputs, and products in bfloat16. A
       matrix that starts at zero takes a full first step, and one of length 1e-8 there.
     """
-    _routed.check_rates(learning_rate, weight_decay)
+    _routed.check(learning_rate, weight_decay, orthogonalize)
     decay = _routed.product(learning_rate, weight_decay)
 
     def retract(layout: _layout.Layout) -> optax.GradientTransformation:

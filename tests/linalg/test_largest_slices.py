@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_matrix._linalg import Exact, LargestSlices, NewtonSchulz
+import optax_matrix as om
+from optax_matrix._linalg import MUD, Exact, LargestSlices, NewtonSchulz
 from tests.linalg.problems import gaussian, run
 from tests.references import optimizers as reference
 
@@ -51,15 +52,28 @@ def test_equal_sums_are_taken_in_order_and_nan_first():
     assert np.isnan(y[:, 2]).all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (2, 5, 5)])
-def test_all_slices_are_the_method_itself(shape):
+@pytest.mark.parametrize(
+    "method, shape",
+    [
+        # Depends on the order of the slices.
+        (MUD(), (2, 5, 4)),
+        *(
+            pytest.param(NewtonSchulz(), shape, marks=pytest.mark.slow)
+            for shape in ((4, 6), (6, 4), (2, 5, 5))
+        ),
+    ],
+)
+def test_all_slices_are_the_method_itself(method, shape):
     x = jnp.asarray(gaussian(shape), "float32")
-    got, want = run(LargestSlices(1.0), x), run(NewtonSchulz(), x)
-    # Slices in another order: float32 rounding, amplified by five steps.
+    got, want = run(LargestSlices(1.0, method), x), run(method, x)
+    # Compiled apart: float32 rounding, amplified by five steps.
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_flops_are_those_of_the_smaller_matrix():
     for m, n in ((64, 256), (256, 64)):
-        assert LargestSlices().flops(m, n) == NewtonSchulz().flops(256, 16)
+        method = LargestSlices(method="newton_schulz")
+        assert method.flops(m, n) == NewtonSchulz().flops(256, 16)
+    params = {"kernel": jnp.ones((6, 4))}
+    with pytest.raises(TypeError, match="`method` must have a formula"):
+        om.describe_placement(params, LargestSlices(0.5, "exact"), backend="cpu")

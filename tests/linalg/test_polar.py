@@ -293,7 +293,7 @@ def test_names():
     assert as_method("mud") == MUD()
     assert as_method("exact") == Exact()
     names = "'newton_schulz', 'halley', 'zolotarev', 'mud', 'exact'"
-    names = f"`orthogonalize` must be one of {names}"
+    names = f"`method` must be one of {names}"
     with pytest.raises(ValueError, match=f"{names}, got 'svd'"):
         as_method("svd")
     for value in (NewtonSchulz, 3, np.linalg.svd):

@@ -53,12 +53,22 @@ CASES = {
         reference.muon_squared,
         {"weight_decay": 0.0125, "steps": 12, "coefficients": (2.0, -1.5, 0.5)},
     ),
+    "muon_squared without look-ahead": (
+        lambda lr: om.muon_squared(lr, nesterov=False),
+        reference.muon_squared,
+        {"nesterov": False},
+    ),
     "mano": (om.mano, reference.mano, {}),
+    "mano with look-ahead": (
+        lambda lr: om.mano(lr, nesterov=True),
+        reference.mano,
+        {"nesterov": True},
+    ),
     "spel": (om.spel, reference.spel, {}),
     "MuonSphere": (
-        lambda lr: om.spectral_sphere(lr, tangent=False, radius=2.0),
+        lambda lr: om.spectral_sphere(lr, tangent=False, radius=2.0, weight_decay=0.5),
         reference.spectral_sphere,
-        {"tangent": False, "radius": 2.0},
+        {"tangent": False, "radius": 2.0, "weight_decay": 0.5},
     ),
     "hopper": (om.hopper, reference.hopper, {}),
     "hopper, 5 steps": (

@@ -5,6 +5,8 @@ Written from the formulas; imports nothing of the package.
 
 import numpy as np
 
+from tests.references.polar import PUBLISHED, safe_rows
+
 JORDAN = (3.4445, -4.7750, 2.0315)
 
 
@@ -239,18 +241,9 @@ def track3(w, directions, rates, *, outward=0.5, floor=0.3825, weight_decay=0.02
     return np.stack(out)
 
 
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-
-
 def polar_express(x, margin):
     """Five steps of Polar Express, as in nanochat and microsoft/dion."""
-    return quintic_steps(x, POLAR_EXPRESS, margin)
+    return quintic_steps(x, PUBLISHED["polar_express5"], margin)
 
 
 def nanochat_muon(w, grads, rate, decays, beta=0.95, b2=0.9):
@@ -324,24 +317,6 @@ def muown(w, grads, lr, beta=0.95, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0):
     return np.stack(out)
 
 
-QUINTIC = (
-    (4.0848, -6.8946, 2.9270),
-    (3.9505, -6.3029, 2.6377),
-    (3.7418, -5.5913, 2.3037),
-    (2.8769, -3.1427, 1.2046),
-    (2.8366, -3.0525, 1.2012),
-)
-EIGHT_ROWS = (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-)
-
-
 def quintic_steps(x, rows, margin=1.0):
     """Newton-Schulz with a row of coefficients per step."""
     x = x / np.linalg.norm(x) / margin
@@ -353,8 +328,7 @@ def quintic_steps(x, rows, margin=1.0):
 
 def polar_express_eight(x):
     """Eight steps of arXiv:2505.16932, with its safety factor on all but the last."""
-    safe = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in EIGHT_ROWS]
-    return quintic_steps(x, [*safe, (1.875, -1.25, 0.375)])
+    return quintic_steps(x, safe_rows("polar_express"))
 
 
 def leading(w):
@@ -366,7 +340,8 @@ def leading(w):
 def tangent_direction(m, theta):
     """msign(M + λΘ) orthogonal to Θ: a bracket by doubling from 1e-3, then bisection.
 
-    As in the authors' code, but to rounding, and with as many doublings as it takes.
+    As in the authors' code, but to rounding, with as many doublings as it takes, and
+    from λ = 0, where theirs starts from the λ of the update before.
     """
     m = m / np.linalg.norm(m)
 
@@ -385,13 +360,13 @@ def tangent_direction(m, theta):
     return polar_express_eight(m + (low + high) / 2 * theta)
 
 
-def spectral_sphere(w, grads, lr, beta=0.9, radius=1.0, tangent=True):
+def spectral_sphere(w, grads, lr, beta=0.9, radius=1.0, tangent=True, weight_decay=0.0):
     """arXiv:2601.08393, retracted after each step; MuonSphere without `tangent`."""
     out, w = [], np.asarray(w, np.float64)
     target = radius * np.sqrt(w.shape[1] / w.shape[0])
     for u in momenta(grads, beta):
         _, theta = leading(w)
-        w = w - lr * target * (
+        w = (1 - lr * weight_decay) * w - lr * target * (
             tangent_direction(u, theta) if tangent else polar_express_eight(u)
         )
         w = w * target / leading(w)[0]
@@ -403,6 +378,8 @@ def spel(w, grads, lr, beta=0.95, weight_decay=0.1):
     """arXiv:2601.21487, with the exact polar factor of the weights."""
     out, w = [], np.asarray(w, np.float64)
     for m in momenta(grads, beta, nesterov=False):
-        w = polar((1 - lr * weight_decay) * w - lr * quintic_steps(m, QUINTIC))
+        w = polar(
+            (1 - lr * weight_decay) * w - lr * quintic_steps(m, PUBLISHED["quintic"])
+        )
         out.append(w)
     return np.stack(out)

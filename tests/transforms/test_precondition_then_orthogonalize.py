@@ -82,9 +82,7 @@ def test_names_what_is_no_transformation(bad):
 
 
 def test_names_the_bad_method_or_leaf():
-    with pytest.raises(
-        ValueError, match="`orthogonalize` must be one of 'newton_schulz'"
-    ):
+    with pytest.raises(ValueError, match="`method` must be one of 'newton_schulz'"):
         om.precondition_then_orthogonalize(optax.identity(), "svd")
     tx = om.precondition_then_orthogonalize(optax.identity())
     with pytest.raises(ValueError, match=r"'b'.*\(3,\)"):
