@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_matrix as om
 from tests import problems
+from tests.transforms.every import SPECTRAL, VARIANTS, case
 
 LR = 0.05
 # The arguments that each transformation is tested with.
@@ -89,23 +90,7 @@ STRUCTURAL = {
     "tangent_orthogonalize": ("bisections",),
 }
 # The learning rate of the auxiliary AdamW over that of the matrices, where it is not 1.
-FACTORS = dict.fromkeys(
-    (
-        "adamh",
-        "muon",
-        "muonh",
-        "muonw",
-        "normuon",
-        "muon_squared",
-        "dion",
-        "soap_muon",
-        "track3",
-        "nanochat_muon",
-        "spectral_sphere",
-        "spel",
-    ),
-    0.15,
-)
+FACTORS = dict.fromkeys(SPECTRAL, 0.15)
 RETRACTED = {"muonh", "adamh", "track3", "muown"}
 # The first update brings parameters to where the others keep them.
 CONSTRAINED = {
@@ -121,10 +106,9 @@ SLOW = {
     *("whiten_momentum", "equalize_norms", "radial_brake", "tail_average"),
     *("kl_soap", "soap", "soap_muon", "shampoo", "distributed_shampoo"),
     *("spectral_sphere_retract", "spectral_norm_cap", "tangent_orthogonalize"),
-    *("stiefel_retract", "spectral_sphere", "spel"),
     *("track3", "nanochat_muon", "adamh", "adamuon", "muonh", "muonw", "normuon"),
-    *("dion", "muown", "orthogonalize_with_feedback", "weight_normalized"),
-    *("muon_vs", "muon_nsr", "muon_squared", "mano"),
+    *("orthogonalize_with_feedback", "weight_normalized", "stiefel_retract"),
+    *VARIANTS,
     *("orthogonalize_exact", "orthogonalize_cached", "svd_supplement"),
     "precondition_then_orthogonalize",
     *("scale_by_noise", "oblique_tangent"),
@@ -133,10 +117,7 @@ SLOW = {
 
 def named(names, *rest):
     """A parameter for each name, marked slow where it is."""
-    return [
-        pytest.param(n, *rest, marks=[pytest.mark.slow] if n in SLOW else [])
-        for n in names
-    ]
+    return [case(n, *rest, slow=SLOW) for n in names]
 
 
 EVERY = pytest.mark.parametrize("name", named(SUBJECTS))

@@ -8,6 +8,7 @@ import pytest
 
 import optax_matrix as om
 from tests import problems
+from tests.transforms.every import VARIANTS, case
 
 
 def leaves_after(tx, steps=3):
@@ -58,16 +59,10 @@ def test_schedules_drive_both():
 
 # As soap, muon and shampoo.
 SLOW = {"kl_soap", "soap_muon", "nanochat_muon", "track3", "distributed_shampoo"}
-SLOW |= {"muon_vs", "muon_nsr", "muon_squared", "mano", "dion", "muown"}
-SLOW |= {"spectral_sphere", "spel"}
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
-        for name in om.OPTIMIZERS
-    ],
+    "name", [case(name, slow=SLOW | VARIANTS) for name in om.OPTIMIZERS]
 )
 def test_every_rung_of_the_registry_descends(name):
     target, start = (

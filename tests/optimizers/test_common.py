@@ -11,17 +11,7 @@ import pytest
 
 import optax_matrix as om
 from tests import problems
-from tests.transforms.every import OPTIMIZERS
-
-# Chains of others in which one stage is another, with tests of its own.
-VARIANTS = {"muon_vs", "muon_nsr", "muon_squared", "mano", "dion", "muown"}
-VARIANTS |= {"spectral_sphere", "spel"}
-
-
-def case(name, *rest, slow=VARIANTS):
-    """A parameter, marked slow where its name says so."""
-    return pytest.param(name, *rest, marks=[pytest.mark.slow] if name in slow else [])
-
+from tests.transforms.every import OPTIMIZERS, SPECTRAL, VARIANTS, case
 
 every = pytest.mark.parametrize("name", [case(name) for name in OPTIMIZERS])
 STEPS = 4
@@ -220,8 +210,6 @@ def test_a_radius_that_is_an_array_keeps_the_dtype():
     assert jax.eval_shape(first, params)["kernel"].dtype == "bfloat16"
 
 
-SPECTRAL = {"muon", "muonw", "normuon", "muonh", "adamh", "soap_muon", "track3"}
-SPECTRAL |= {"nanochat_muon", "muon_squared", "dion", "spectral_sphere", "spel"}
 FACTORS = [(name, {}, 0.15 if name in SPECTRAL else 1.0) for name in OPTIMIZERS]
 FACTORS += [
     (name, {"shape_scale": "rms"}, 1.0)

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 
 import optax
+import pytest
 
 import optax_matrix as om
 
@@ -37,3 +38,19 @@ TRANSFORMS: dict[str, Callable[..., optax.GradientTransformation]] = {
     if _is_transformation(name)
 }
 OPTIMIZERS = {name: om.OPTIMIZERS[name] for name in sorted(om.MATRIX_OPTIMIZERS)}
+
+# Chains of others in which one stage is another, with tests of its own.
+VARIANTS = {
+    *("muon_vs", "muon_nsr", "muon_squared", "mano", "dion", "muown"),
+    *("spectral_sphere", "spel"),
+}
+# Their learning rate is a spectral norm; AdamW's default is 0.15 times that.
+SPECTRAL = {
+    *("muon", "muonw", "normuon", "muonh", "adamh", "soap_muon", "track3"),
+    *("nanochat_muon", "muon_squared", "dion", "spectral_sphere", "spel"),
+}
+
+
+def case(name, *rest, slow=VARIANTS):
+    """A parameter, marked slow if its name is in `slow`."""
+    return pytest.param(name, *rest, marks=[pytest.mark.slow] if name in slow else [])

@@ -276,3 +276,8 @@ def test_what_is_missing_is_named():
             tx.update(w, tx.init(w))
     with pytest.raises(ValueError, match="`method` must be one of"):
         om.stiefel_retract("cholesky")  # type: ignore
+
+
+def test_balancing_costs_its_bisections():
+    method = om.NewtonSchulz()
+    assert _linalg.Balanced(method, 24).flops(5, 3) == 25 * method.flops(5, 3)
