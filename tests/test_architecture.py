@@ -87,7 +87,8 @@ def test_optimizers_hold_no_arithmetic():
 def test_references_import_nothing_of_the_package():
     here = pathlib.Path(__file__).parent / "references"
     for path in here.glob("*.py"):
-        tops = {module.split(".")[0] for module, _ in imports(path)}
+        modules = [m for m, _ in imports(path) if not m.startswith("tests.references")]
+        tops = {module.split(".")[0] for module in modules}
         assert tops <= {"numpy", "math", "itertools", "collections"}, (path, tops)
 
 
@@ -205,9 +206,11 @@ def stages(chain):
     """The names of the stages of an `optax.chain(...)`, as users write them."""
     assert isinstance(chain, ast.Call) and ast.unparse(chain.func) == "optax.chain"
     assert all(isinstance(stage, ast.Call) for stage in chain.args)
-    return [
-        ast.unparse(stage.func).replace("_transforms.", "om.") for stage in chain.args
-    ]
+    public = {"_transforms.": "om.", "_routed.decayed": "optax.add_decayed_weights"}
+    names = [ast.unparse(stage.func) for stage in chain.args]
+    for private, name in public.items():
+        names = [stage.replace(private, name) for stage in names]
+    return names
 
 
 def test_the_readme_writes_out_the_body_of_muon():

@@ -455,6 +455,16 @@ def test_the_command_line_refuses_a_flag_by_name(given, message, capsys):
         ),
         ("muon", {"orthogonalize": "halley"}, {}),
         (
+            "dion",
+            {"orthogonalize": {"fraction": 0.5, "method": {"steps": 3}}},
+            {"orthogonalize": om.LargestSlices(0.5, om.NewtonSchulz(3))},
+        ),
+        (
+            "dion",
+            {"orthogonalize": {"fraction": 0.5}},
+            {"orthogonalize": om.LargestSlices(0.5)},
+        ),
+        (
             "kl_soap",
             {"refresh": 1, "preconditioner": {"max_dim": 40}},
             {"preconditioner": om.KL(max_dim=40)},

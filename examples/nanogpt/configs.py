@@ -15,10 +15,11 @@ import jax
 import optax_matrix as om
 
 # Learning rates for `tiny`; larger models need smaller ones. Those of adamw, lion,
-# muon, muonh, normuon and hopper come from the sweep in benchmarks/results; the others
-# are not tuned. Units depend on the optimizer: a `muon` step has a spectral norm of
-# about `lr`, an `adamw` step changes each entry by about `lr`, and a `muonh` step
-# rotates a matrix by about `lr` radians.
+# muon, muonh, normuon and hopper come from the sweep in benchmarks/results; of the
+# others some come from a few short runs, and none is the best of a sweep. Units depend
+# on the optimizer: a `muon` step has a spectral norm of about `lr`, an `adamw` step
+# changes each entry by about `lr`, and a `muonh` step rotates a matrix by about `lr`
+# radians.
 LEARNING_RATES = {
     "sgd": 0.3,
     "momentum": 0.1,
@@ -268,8 +269,9 @@ def resolve(config: Config) -> Config:
 def optimizer_settings(config: Config) -> dict[str, Any]:
     """Returns the settings with objects of `optax_matrix` built from JSON objects.
 
-    `preconditioner` changes fields of the optimizer's default, such as `SOAP()`, and
-    `orthogonalize` has the fields of `NewtonSchulz`.
+    `preconditioner` changes fields of the optimizer's default, such as `SOAP()`.
+    `orthogonalize` has the fields of `NewtonSchulz`; for `dion` it changes those of
+    `LargestSlices`, whose `method` has the fields of `NewtonSchulz`.
     """
     settings = dict(config.settings)
     fields = settings.get("preconditioner")
@@ -277,9 +279,19 @@ def optimizer_settings(config: Config) -> dict[str, Any]:
     if isinstance(fields, dict) and "preconditioner" in parameters:
         default = parameters["preconditioner"].default
         settings["preconditioner"] = dataclasses.replace(default, **fields)
-    if isinstance(settings.get("orthogonalize"), dict):
-        settings["orthogonalize"] = om.NewtonSchulz(**settings["orthogonalize"])
+    fields = settings.get("orthogonalize")
+    if isinstance(fields, dict):
+        default = getattr(parameters.get("orthogonalize"), "default", None)
+        settings["orthogonalize"] = _method(default, fields)
     return settings
+
+
+def _method(default: Any, fields: dict[str, Any]) -> om.PolarMethod:
+    if not isinstance(default, om.LargestSlices):
+        return om.NewtonSchulz(**fields)
+    if isinstance(fields.get("method"), dict):
+        fields = fields | {"method": om.NewtonSchulz(**fields["method"])}
+    return dataclasses.replace(default, **fields)
 
 
 def compute_dtype(config: Config) -> str:

@@ -57,9 +57,11 @@ def mano(
 
     References:
       Gu and Xie, 2026, `arXiv:2601.23000 <https://arxiv.org/abs/2601.23000>`_; the
-      defaults are those of the authors' ``mano.py``. Their momentum is a sum, of which
-      this is a multiple as long as ``momentum`` is constant. Their ``mano_v2.py``,
-      which looks ahead and does not divide by :math:`\|w_k\|^2`, is another rule.
+      defaults are those of the authors' ``mano.py``
+      (https://github.com/xie-lab-ml/Mano-Restriking-Manifold-Optimization-for-LLM-Training).
+      Their momentum is a sum, of which this is a multiple as long as ``momentum`` is
+      constant. Their ``mano_v2.py``, which looks ahead and does not divide by
+      :math:`\|w_k\|^2`, is another rule.
     """
     _placement.as_placement(placement)
     _routed.check(learning_rate, weight_decay)

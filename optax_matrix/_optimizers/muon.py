@@ -58,8 +58,9 @@ def muon(
       nesterov: Whether to look ahead; without it, :math:`U = M`.
       debias: Whether to bias-correct :math:`M` and :math:`G`, see `ema_momentum`.
       orthogonalize: How to orthogonalize: ``"newton_schulz"`` (five steps of the
-        ``"jordan"`` table), ``"halley"``, ``"exact"``, an object with settings such as
-        ``NewtonSchulz(12, coefficients="track3")``, or None for :math:`O = U`.
+        ``"jordan"`` table), ``"halley"``, ``"zolotarev"``, ``"mud"``, ``"exact"``, an
+        object with settings such as ``NewtonSchulz(12, coefficients="track3")``, or
+        None for :math:`O = U`.
       shape_scale: The factor of the shape, see `scale_by_shape`. None is 1. ``"rms"``
         is Moonlight's, with which AdamW's learning rates fit.
       <common arguments>

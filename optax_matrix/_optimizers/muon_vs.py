@@ -55,8 +55,10 @@ def muon_vs(
       TypeError: As `muon`.
 
     References:
-      Variance-adaptive Muon, 2026, `arXiv:2601.14603
-      <https://arxiv.org/abs/2601.14603>`_.
+      Li, Fan and Li, 2026, Variance-adaptive Muon, `arXiv:2601.14603
+      <https://arxiv.org/abs/2601.14603>`_ and `code
+      <https://github.com/jingru-lee/Variance-Adaptive-Muon>`_, which has the same
+      ``momentum`` and ``eps``; ``gamma`` is its ``alpha``.
     """
     _routed.check(learning_rate, weight_decay, orthogonalize)
 
@@ -99,7 +101,8 @@ def muon_nsr() -> None:
       TypeError: As `muon`.
 
     References:
-      Variance-adaptive Muon, 2026, `arXiv:2601.14603
-      <https://arxiv.org/abs/2601.14603>`_. The authors' files have 10 or 1000 as the
-      default of ``gamma``.
+      Li, Fan and Li, 2026, Variance-adaptive Muon, `arXiv:2601.14603
+      <https://arxiv.org/abs/2601.14603>`_ and `code
+      <https://github.com/jingru-lee/Variance-Adaptive-Muon>`_. ``gamma`` is their
+      ``alpha``, of which their files have 10 or 1000 as the default.
     """

@@ -59,8 +59,8 @@ def oblique_tangent(
     References:
       Gu and Xie, 2026, Mano, `arXiv:2601.23000 <https://arxiv.org/abs/2601.23000>`_,
       algorithm 1, which starts with the vectors of the inputs for weights of PyTorch.
-      Differs: norms have no lower bound of 1e-8; instead, what rounding leaves of
-      a parallel vector is zero.
+      Differs: norms have no lower bound of 1e-8; instead, the rounding residue of a
+      parallel vector is set to zero.
     """
     _arguments.number("rms", rms, 0.0, low_open=True)
 

@@ -43,8 +43,8 @@ def orthogonalize(
     Args:
       method: ``"newton_schulz"``, ``"halley"``, ``"zolotarev"``, ``"mud"`` or
         ``"exact"`` with default settings; or an object with settings: `NewtonSchulz`,
-        `Halley`, `Zolotarev`, `MUD`, `Exact`, or any `PolarMethod`. None returns
-        updates unchanged. docs/polar_methods.md compares them.
+        `Halley`, `Zolotarev`, `MUD`, `Exact`, `LargestSlices`, or any `PolarMethod`.
+        None returns updates unchanged. docs/polar_methods.md compares them.
       layout: Which axes of a leaf are the matrix, see `MatrixLayout`. None: the last
         two are (inputs, outputs). Each matrix of a stack is orthogonalized separately.
       placement: Where leaves lie on a mesh with auto axes, and the size of stacks, see

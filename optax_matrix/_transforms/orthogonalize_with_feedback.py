@@ -62,8 +62,8 @@ def orthogonalize_with_feedback(
 
     Sharding:
       Any, as `orthogonalize`. Each owner receives its whole matrices and selects there,
-      so that the result does not depend on the sharding. The part makes the products
-      cheaper, and not the exchanges.
+      so that the result does not depend on the sharding. Selecting slices makes the
+      products cheaper, but not the exchanges.
 
     References:
       Ahn et al., 2025, Dion2, `arXiv:2512.16928 <https://arxiv.org/abs/2512.16928>`_.

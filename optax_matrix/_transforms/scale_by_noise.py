@@ -48,8 +48,8 @@ def scale_by_noise(
     the look-ahead of `ema_momentum`.
 
     Args:
-      momentum: :math:`\beta`, in [0, 1), or a schedule, whose present value is that of
-        both averages and of their bias corrections.
+      momentum: :math:`\beta`, in [0, 1), or a schedule; its current value is used for
+        both averages and their bias corrections.
       gamma: :math:`\gamma`, not negative: the weight of the noise relative to the
         signal. 0 takes signs; a large one approaches None up to a constant factor,
         which an orthogonalization removes. None divides by the noise alone.
@@ -72,10 +72,11 @@ def scale_by_noise(
       Squares are averaged in float32: entries below 1e-19 or above 1e19 are lost.
 
     References:
-      Variance-adaptive Muon, 2026, `arXiv:2601.14603
-      <https://arxiv.org/abs/2601.14603>`_. :math:`\epsilon` is outside the root, as in
-      the authors' code. Differs: one of their files also scales gradients of a norm
-      below 1 up to 1.
+      Li, Fan and Li, 2026, Variance-adaptive Muon, `arXiv:2601.14603
+      <https://arxiv.org/abs/2601.14603>`_ and `code
+      <https://github.com/jingru-lee/Variance-Adaptive-Muon>`_. ``gamma`` is their
+      ``alpha``, and :math:`\epsilon` is outside the root, as in their code. Differs:
+      one of their files also scales gradients of a norm below 1 up to 1.
     """
     _arguments.number_or_schedule("momentum", momentum, 0.0, 1.0)
     if gamma is not None:
