@@ -24,15 +24,7 @@ from optax_matrix._linalg.newton_schulz import (
     restart_points,
 )
 from optax_matrix._linalg.numerics import at_least_float32, is_tall, unit_frobenius
-from optax_matrix._linalg.polar import (
-    MUD,
-    Exact,
-    Halley,
-    NewtonSchulz,
-    PolarMethod,
-    Zolotarev,
-    as_method,
-)
+from optax_matrix._linalg.polar import Exact, NewtonSchulz, PolarMethod, as_method
 from optax_matrix._linalg.rational import spd_inverse, zolotarev
 from optax_matrix._linalg.roots import (
     Root,
@@ -40,6 +32,7 @@ from optax_matrix._linalg.roots import (
     inverse_root_by_newton,
     power_by_eigh,
 )
+from optax_matrix._linalg.triangular import MUD, Halley, Zolotarev
 
 __all__ = [
     "MUD",

@@ -12,6 +12,8 @@ from optax_matrix import _check
 
 Precision = None | jax.lax.Precision | jax.lax.DotAlgorithmPreset
 
+# What Cholesky factorizations and triangular solves take.
+FACTORIZABLE = ("float32", "float64")
 _MATRIX = (-2, -1)
 
 
@@ -55,6 +57,19 @@ def as_precision(value: Any) -> Precision:
             f"`precision` must be None, one of {', '.join(map(repr, names))}, or a "
             f"`jax.lax.DotAlgorithmPreset`, got {value!r}."
         ) from None
+
+
+def store_types(
+    method: Any,
+    dtype: DTypeLike | None,
+    precision: Precision | str,
+    allowed: tuple[str, ...],
+) -> None:
+    """Stores dtype and precision in a hashable form on a frozen dataclass."""
+    found = as_dtype(dtype, allowed)
+    # By name, because NumPy takes None for float64: `np.dtype("float64") == None`.
+    object.__setattr__(method, "dtype", None if found is None else found.name)
+    object.__setattr__(method, "precision", as_precision(precision))
 
 
 def rounding(dtype: DTypeLike, precision: Precision, backend: str | None) -> float:
