@@ -41,7 +41,7 @@ TRANSFORMS = {
     "orthogonalize_newton_schulz": {"steps": 5},
     "orthogonalize_halley": {},
     "orthogonalize_exact": {},
-    "orthogonalize_cached": {"every": 2},
+    "orthogonalize_cached": {"refresh": 2},
     "svd_supplement": {"every": 2},
     "orthogonalize_with_feedback": {},
     "weight_normalized": {

@@ -1,4 +1,4 @@
-"""Replaces updates by exact polar factors now and then."""
+"""Replaces updates by exact polar factors every few updates."""
 
 import jax.numpy as jnp
 import optax
@@ -9,7 +9,7 @@ from optax_matrix._transforms.orthogonalize import orthogonalize
 
 
 def svd_supplement(
-    every: ArrayLike = 1,
+    every: ArrayLike,
     *,
     layout: _layout.Layout = None,
     placement: _placement.Placement | None = None,
@@ -23,12 +23,12 @@ def svd_supplement(
       X \leftarrow U V^\top \text{ if } t \bmod k = 0, \quad X \text{ otherwise}.
 
     Put it after a stage that orthogonalizes cheaply, and a stage that fixes the norm
-    after it, because polar factors are longer than what cheap methods return:
+    after it, because cheap methods return matrices of another norm:
 
     >>> import optax_matrix as om
     >>> tx = optax.chain(
     ...     om.ema_momentum(),
-    ...     om.orthogonalize("mud"),
+    ...     om.orthogonalize("halley"),
     ...     om.svd_supplement(every=4),
     ...     om.match_rms(0.2),
     ... )

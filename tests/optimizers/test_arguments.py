@@ -123,6 +123,7 @@ REQUIRED = {
     "graft_to": {"magnitude": optax.identity(), "direction": optax.identity()},
     "precondition_then_orthogonalize": {"precondition": optax.identity()},
     "spectral_norm_cap": {"limit": 1.0},
+    "svd_supplement": {"every": 2},
     "tail_average": {"inner": optax.identity(), "start": 1},
     "weight_normalized": {
         "direction": optax.identity(),

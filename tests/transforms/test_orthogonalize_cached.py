@@ -16,35 +16,44 @@ from tests.references import polar as reference
 from tests.transforms import histories
 
 
-def cached(grads, h, every):
-    """The factor of one update in `every`, by SVD, times unit matrices."""
+def cached(grads, h, refresh):
+    """The factor of one update in `refresh`, by SVD, times unit matrices."""
     outs, factor = [], None
     for t, g in enumerate(grads):
         unit = g / np.linalg.norm(g)
-        if t % every == 0:
-            u, s, _ = np.linalg.svd(unit)
-            v = np.linalg.svd(unit)[2].T
-            s = s / np.sum(s**4) ** 0.25
-            basis = u if g.shape[0] <= g.shape[1] else v
-            scale = np.sum(np.linalg.svd(unit)[1] ** 4) ** 0.25
+        if t % refresh == 0:
+            u, s, vt = np.linalg.svd(unit)
+            scale = np.sum(s**4) ** 0.25
+            s = s / scale
+            basis = u if g.shape[0] <= g.shape[1] else vt.T
             factor = (basis * (h(s) / s / scale)) @ basis.T
         outs.append(factor @ unit if g.shape[0] <= g.shape[1] else unit @ factor)
     return np.stack(outs)
 
 
-@pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("method", [om.Halley(0.1), om.Zolotarev(0.03)], ids=str)
-def test_matches_float64_reference(method, every):
+ZOLOTAREV = om.Zolotarev(0.03)
+
+
+@pytest.mark.parametrize("refresh", [1, 3])
+@pytest.mark.parametrize(
+    "method, h",
+    [
+        (om.Halley(0.1), lambda s: reference.halley_map(s, 0.1)),
+        # Tested in tests/linalg/test_rational.py.
+        (ZOLOTAREV, ZOLOTAREV.maps[0]),
+    ],
+)
+def test_matches_float64_reference(method, h, refresh):
     grads = histories.gradients(histories.SHAPES)
-    got, _ = histories.of(om.orthogonalize_cached(method, every=every), grads)
+    got, _ = histories.of(om.orthogonalize_cached(method, refresh=refresh), grads)
     for name, found, own in histories.pairs(got, grads):
-        histories.close(found, cached(own, method.maps[0], every), 1e-9, name)
+        histories.close(found, cached(own, h, refresh), 1e-9, name)
 
 
 @pytest.mark.parametrize("method", [om.Halley(), om.Halley(0.1, polish=2)], ids=str)
 def test_renewed_in_every_update_it_is_the_method(method):
     grads = histories.gradients(histories.SHAPES, 3)
-    got, _ = histories.of(om.orthogonalize_cached(method, every=1), grads)
+    got, _ = histories.of(om.orthogonalize_cached(method, refresh=1), grads)
     want, _ = histories.of(om.orthogonalize(method), grads)
     chex.assert_trees_all_close(got, want, atol=1e-11)
 
@@ -64,7 +73,7 @@ def test_the_state_is_a_matrix_of_the_smaller_side_and_the_scale_does_not_matter
 
 
 def test_a_nan_is_not_kept():
-    tx, good = om.orthogonalize_cached(every=2), problems.normal((4, 3))
+    tx, good = om.orthogonalize_cached(refresh=2), problems.normal((4, 3))
     state = tx.init(good)
     _, state = tx.update(good, state)
     want, state = tx.update(good, state)
@@ -76,6 +85,73 @@ def test_a_nan_is_not_kept():
     assert not zero.any()
     got, _ = tx.update(good, state)
     np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_a_matrix_without_a_factor_gets_one_from_its_first_usable_update():
+    x = problems.normal((3, 4, 3))
+    # Zero, NaN and subnormal, which is flushed to zero; the fourth has a factor.
+    first = jnp.stack([0 * x[0], x[1] * jnp.nan, x[2] * 1e-40, x[0]])
+    x = jnp.concatenate([x, 2 * x[:1] + x[1:2]])
+    tx = om.orthogonalize_cached(refresh=10)
+    update = jax.jit(tx.update)
+    _, state = update(first, tx.init(first))
+    factors = state.matrices["4x3"].state
+    assert not factors[:3].any() and factors[3].any()
+    got, state = update(x, state)
+    want, _ = update(x, tx.init(x))
+    np.testing.assert_allclose(got[:3], want[:3], atol=1e-6)
+    # Not due, so the fourth keeps its own.
+    np.testing.assert_array_equal(state.matrices["4x3"].state[3], factors[3])
+    np.testing.assert_array_equal(
+        update(x, state)[1].matrices["4x3"].state[:3], state.matrices["4x3"].state[:3]
+    )
+
+
+def test_factors_of_another_dtype_are_stored_in_that_of_the_leaf():
+    x = problems.normal((4, 9))
+    with jax.enable_x64(True):
+        tx = om.orthogonalize_cached(om.Halley(dtype="float64"))
+        got, state = tx.update(x, tx.init(x))
+    want = reference.halley(x, 1e-2)
+    assert state.matrices["4x9"].state.dtype == got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method, slope, full, low",
+    [
+        (om.Halley(), 54.3, 4.7, 38.4),
+        pytest.param(om.Halley(0.1), 11.85, 4.6, 9.0, marks=pytest.mark.slow),
+    ],
+)
+def test_stale_updates_are_as_large_as_the_docstring_says(method, slope, full, low):
+    tx = optax.chain(
+        optax.trace(0.95, nesterov=True), om.orthogonalize_cached(method, refresh=5)
+    )
+    rng, norms = np.random.default_rng(0), []
+    state, update = tx.init(jnp.zeros((2, 16, 24))), jax.jit(tx.update)
+    for t in range(60):
+        column, row = rng.normal(size=(16, 1)), rng.normal(size=(1, 24))
+        grads = np.stack([rng.normal(size=(16, 24)), column * row])
+        got, state = update(jnp.asarray(grads, jnp.float32), state)
+        if t > 10:
+            norms.append(np.linalg.norm(got, 2, axis=(-2, -1)))
+    np.testing.assert_allclose(np.max(norms, axis=0), [full, low], rtol=0.05)
+    assert np.max(norms[4::5]) < 1 + 1e-4  # refreshed
+    # The bound is attained: a direction that was zero, and three equal ones.
+    tx = om.orthogonalize_cached(method)
+    only = jnp.diag(jnp.array([0.0, 0.0, 0.0, 1.0]))
+    _, state = tx.update(jnp.eye(4) - only, tx.init(only))
+    got, _ = tx.update(only, state)
+    np.testing.assert_allclose(got[3, 3], slope * 3**0.25, rtol=1e-3)
+
+
+def test_names_are_default_settings():
+    x = problems.normal((4, 9))
+    for name, method in (("halley", om.Halley()), ("zolotarev", om.Zolotarev())):
+        got, _ = problems.unroll(om.orthogonalize_cached(name), [x])
+        want, _ = problems.unroll(om.orthogonalize_cached(method), [x])
+        np.testing.assert_array_equal(got, want)
 
 
 def test_factors_lie_with_owners_and_move_once():
@@ -101,11 +177,16 @@ def test_bad_arguments_raise():
         om.orthogonalize_cached(om.NewtonSchulz())  # type: ignore
     with pytest.raises(ValueError, match="`method` must have one step"):
         om.orthogonalize_cached(om.Halley(steps=2))
-    for factory in (om.orthogonalize_cached, om.svd_supplement):
-        with pytest.raises(ValueError, match="`every` must be at least 1"):
-            factory(every=0)
-        with pytest.raises(TypeError, match="`every` must be an int"):
-            factory(every=1.5)
+    with pytest.raises(ValueError, match="`method` must be one of 'halley', 'zolota"):
+        om.orthogonalize_cached("mud")  # type: ignore
+    for name, factory in (
+        ("refresh", om.orthogonalize_cached),
+        ("every", om.svd_supplement),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` must be at least 1"):
+            factory(**{name: 0})
+        with pytest.raises(TypeError, match=f"`{name}` must be an int"):
+            factory(**{name: 1.5})
 
 
 def test_svd_supplement_is_exact_in_one_of_several_updates():
