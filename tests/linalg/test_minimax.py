@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_matrix._linalg import NewtonSchulz, polar_express_rows
+from optax_matrix._linalg import NewtonSchulz, minimax, polar_express_rows
 from tests.linalg.problems import matrix, run
 from tests.references import polar as reference
 
@@ -46,6 +46,30 @@ def test_narrow_intervals(bound):
     rows = polar_express_rows(bound, 6)
     assert np.isfinite(rows).all()
     assert np.abs(1 - compose(rows, np.linspace(bound, 1, 11))).max() < 1e-10
+
+
+def test_the_exchange_converges_for_all_bounds():
+    # Rows between narrow and wide intervals, where the exchange is least accurate.
+    bounds = [*np.geomspace(1e-9, 0.5, 100), *(1 - np.geomspace(1e-5, 0.5, 200))]
+    for bound in bounds:
+        rows = polar_express_rows(bound, 8)
+        assert np.isfinite(rows).all()
+        if bound > 1e-3:
+            mapped = compose(rows, np.geomspace(bound, 1, 11))
+            np.testing.assert_allclose(mapped, 1, atol=1e-14)
+
+
+def test_what_does_not_converge_raises(monkeypatch):
+    monkeypatch.setattr(minimax, "_EXCHANGES", 1)
+    with pytest.raises(RuntimeError, match=r"No best quintic found for \[0.1, 1.0\]"):
+        polar_express_rows(0.1, 1)
+
+
+def test_the_quintic_of_narrow_intervals_has_the_stated_error():
+    (row,) = polar_express_rows(1 - 0.999e-3, 1)
+    assert row[0] == pytest.approx(15 / 8, rel=1e-3)
+    error = np.abs(1 - compose([row], np.linspace(1 - 0.999e-3, 1, 1001))).max()
+    assert error == pytest.approx(5 / 16 * 0.999e-9, rel=1e-2)
 
 
 def test_first_row_is_the_published_one():
