@@ -36,7 +36,7 @@ class RationalMap(NamedTuple):
 
 
 def zolotarev(lower_bound: float, poles: int = 1) -> RationalMap:
-    r"""Returns the odd rational map that takes [ℓ, 1] closest to 1.
+    r"""Returns the odd rational map with maximum 1 that takes [ℓ, 1] closest to 1.
 
     With r ``poles``, the complete elliptic integral K and Jacobi's sn and cn for the
     modulus :math:`\sqrt{1 - \ell^2}`,
@@ -48,7 +48,7 @@ def zolotarev(lower_bound: float, poles: int = 1) -> RationalMap:
       u_i = \frac{iK}{2r+1}, \quad h(1) = 1.
 
     It maps [ℓ, 1] onto [h(ℓ), 1] and has 2r + 2 extrema there, which characterizes the
-    best map of its degree. One pole gives Halley's weights: with
+    best map of its degree with maximum 1. One pole gives Halley's weights: with
     :math:`d = (4(1-\ell^2)/\ell^4)^{1/3}`,
 
     .. math::
@@ -57,7 +57,8 @@ def zolotarev(lower_bound: float, poles: int = 1) -> RationalMap:
       b = (a-1)^2/4, \quad c = a + b - 1.
 
     Args:
-      lower_bound: ℓ, in (0, 1].
+      lower_bound: ℓ, in (0, 1]. Below 1e-7, rounding of :math:`1 - \ell^2` spoils sn
+        and cn: the extrema of three poles are off by 1e-3 for 1e-8.
       poles: r, at least 1.
     """
     square = lower_bound * lower_bound
@@ -90,8 +91,8 @@ def rational_polar(
 
     .. math:: X \leftarrow QX, \qquad Q = \alpha I + \sum_j w_j (I + c_j A)^{-1}.
 
-    The last map may be followed by Newton-Schulz steps on QAQ, of which the factor is
-    multiplied into Q, so that they need no product with X.
+    The last map may be followed by Newton-Schulz steps on QAQ. Their factor is
+    multiplied into Q, so they need no product with X.
 
     Args:
       x: Matrices, (..., m, n), real floating.
@@ -107,7 +108,8 @@ def rational_polar(
       gives NaN, and only there.
 
     Raises:
-      ValueError: If `x` has fewer than two axes.
+      ValueError: If `x` has fewer than two axes, or if the dtype of the products is too
+        coarse for the maps: I + cA could be indefinite after rounding.
       TypeError: If `x` is not real floating.
 
     Cost:
@@ -126,6 +128,7 @@ def rational_polar(
     tall = numerics.is_tall(x)
     y = numerics.unit_peak(numerics.transpose(x) if tall else x)
     y = y.astype(numerics.compute_dtype(x, dtype))
+    _check_shifts(maps, y.dtype)
 
     for step, h in enumerate(maps):
         gram, scale = numerics.gram(y, precision), jnp.ones((), y.dtype)
@@ -149,7 +152,7 @@ def rational_factor(
     dtype: np.dtype | None = None,
     precision: Precision = None,
 ) -> Array:
-    """Returns Q, so that Q X/‖X‖, or X/‖X‖ Q if X is tall, is the polar factor.
+    """Returns Q: Q X/‖X‖, or X/‖X‖ Q if X is tall, approximates the polar factor.
 
     Args:
       x: X, (..., m, n), real floating.
@@ -160,10 +163,16 @@ def rational_factor(
 
     Returns:
       (..., k, k) in the dtype of the products, with k the smaller side.
+
+    Raises:
+      ValueError: As `rational_polar`.
+      TypeError: As `rational_polar`.
     """
+    numerics.check_matrix(x)
     tall = numerics.is_tall(x)
     y = numerics.unit_frobenius(numerics.transpose(x) if tall else x)
     y = y.astype(numerics.compute_dtype(x, dtype))
+    _check_shifts([h], y.dtype)
     gram, scale = _scaled(numerics.gram(y, precision))
     return _factor(gram, h, rows, precision) * scale
 
@@ -219,6 +228,21 @@ def spd_inverse(a: Array, precision: Precision) -> Array:
         lower, numerics.eye_like(a), left_side=True, lower=True
     )
     return jnp.matmul(numerics.transpose(half), half, precision=precision)
+
+
+def _check_shifts(maps: Sequence[RationalMap], dtype: np.dtype) -> None:
+    """Raises if rounding can make I + cA indefinite, which gives NaN.
+
+    Rank-one matrices of 256×1024 give NaN from c ε = 1.6 on, where ε is the distance
+    from 1 to the next number. Longer sums have larger errors.
+    """
+    shift = max(max(h.shifts) for h in maps)
+    if shift * float(jnp.finfo(dtype).eps) > 0.1:
+        raise ValueError(
+            f"`lower_bound` is too small for this number of poles in {dtype}: with "
+            f"c = {shift:.1e}, I + cA may be indefinite after rounding. Increase "
+            "`lower_bound`, decrease `poles`, or compute in float64 (`jax_enable_x64`)."
+        )
 
 
 def _scaled(gram: Array) -> tuple[Array, Array]:

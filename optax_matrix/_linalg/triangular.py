@@ -24,7 +24,7 @@ from optax_matrix._linalg.rational import (
 
 
 class _Rational(abc.ABC):
-    """What `Halley` and `Zolotarev` share: maps, and products around them."""
+    """Base class of `Halley` and `Zolotarev`."""
 
     transposable: ClassVar[bool] = True
     dtype: DTypeLike | None
@@ -51,7 +51,13 @@ class _Rational(abc.ABC):
         )
 
     def factor(self, x: Array) -> Array:
-        """Returns the factor of each matrix, for one map; see `rational_factor`."""
+        """Returns the factor of each matrix, for one map; see `rational_factor`.
+
+        Raises:
+          ValueError: If there are several steps, and as `rational_factor`.
+        """
+        if len(self.maps) != 1:
+            raise ValueError(f"Only a method with one step has a factor, got {self!r}.")
         (h,) = self.maps
         return rational_factor(
             x,
@@ -78,10 +84,11 @@ class Halley(_Rational):
     """Orthogonalizes by Halley's rational iteration, with few large products.
 
     Args:
-      lower_bound: ℓ, in (0, 1]: the smallest singular value that matters, relative to
-        the Schatten-4 norm. One step maps [ℓ, 1] into [0.25, 1], [0.51, 1] or
-        [0.87, 1] for 1e-3, 1e-2 or 1e-1. Its float32 error grows as it falls: 1e-5,
-        2e-4 and 4e-3 at 1e-2, 1e-3 and 1e-4.
+      lower_bound: ℓ, in [1e-7, 1]: the smallest singular value that matters, relative
+        to the Schatten-4 norm. One step maps [ℓ, 1] into [0.24, 1], [0.50, 1] or
+        [0.86, 1] for 1e-3, 1e-2 or 1e-1. Its float32 error grows as it falls, to a
+        spectral norm of 2e-5, 4e-4 and 5e-3 at 1e-2, 1e-3 and 1e-4. Below 5.2e-5 it
+        needs float64.
       steps: Number of steps, at least 1. Two map [ℓ, 1] into [0.96, 1] for 1e-3.
       polish: Number of Newton-Schulz steps after the last one, on the Gram matrix,
         with no further product with the long side; see `polar_express_rows`. Two
@@ -91,7 +98,8 @@ class Halley(_Rational):
       precision: Precision of the matmuls, as in `NewtonSchulz`.
 
     Raises:
-      ValueError: If an argument is not one of the above.
+      ValueError: If an argument is not one of the above; in `polar` and `factor`, if
+        `lower_bound` is too small for the dtype of the products.
       TypeError: If `steps` or `polish` is not an int or `lower_bound` not a number.
 
     Example:
@@ -143,9 +151,11 @@ class Zolotarev(_Rational):
     The best map of its degree: `Halley` is the one with one pole.
 
     Args:
-      lower_bound: ℓ, in (0, 1]: the smallest singular value that matters, relative to
-        the Schatten-4 norm. Two poles map [ℓ, 1] into [0.66, 1], [0.77, 1] or [0.88, 1]
-        for 1e-3, 3e-3 or 1e-2.
+      lower_bound: ℓ, in [1e-7, 1]: the smallest singular value that matters, relative
+        to the Schatten-4 norm. Two poles map [ℓ, 1] into [0.66, 1], [0.77, 1] or
+        [0.87, 1] for 1e-3, 3e-3 or 1e-2. Their float32 error grows as it falls, to a
+        spectral norm of 5e-5, 3e-4 and 3e-3 at 1e-2, 3e-3 and 1e-3. Below 3.5e-4 two
+        poles need float64, below 7e-4 three.
       poles: Number of poles, at least 1, each of which is a factorization of the short
         side.
       dtype: Dtype of the products: float32 or float64. None is float64 for float64
@@ -153,7 +163,8 @@ class Zolotarev(_Rational):
       precision: Precision of the matmuls, as in `NewtonSchulz`.
 
     Raises:
-      ValueError: If an argument is not one of the above.
+      ValueError: If an argument is not one of the above; in `polar` and `factor`, if
+        `lower_bound` is too small for `poles` and the dtype of the products.
       TypeError: If `poles` is not an int or `lower_bound` not a number.
 
     Example:
@@ -185,7 +196,7 @@ class Zolotarev(_Rational):
 
 @dataclass(frozen=True)
 class MUD:
-    """Whitens by triangular solves with half of the Gram matrix; hardly orthogonalizes.
+    """Decorrelates by triangular solves; the result is only roughly orthogonal.
 
     Args:
       passes: Number of passes, at least 1.
@@ -218,7 +229,7 @@ class MUD:
         numerics.store_types(self, self.dtype, self.precision, FACTORIZABLE)
 
     def polar(self, x: Array) -> Array:
-        """Whitens each matrix of (..., m, n); see `mud`."""
+        """Decorrelates the slices of each matrix of (..., m, n); see `mud`."""
         return mud(
             x,
             passes=self.passes,
@@ -240,6 +251,5 @@ class MUD:
 
 def _check_bound(lower_bound: float) -> None:
     _check.static_number("lower_bound", lower_bound)
-    _check.in_range(
-        "lower_bound", lower_bound, 0.0, 1.0, low_open=True, high_open=False
-    )
+    # See `zolotarev`.
+    _check.in_range("lower_bound", lower_bound, 1e-7, 1.0, high_open=False)
