@@ -63,6 +63,10 @@ def top_singular(view: _layout.MatrixView, w: jax.Array, right: jax.Array) -> Tr
     if len(view.input_widths) + len(view.output_widths) > 2:
         # `view.sum` gathers where a side is split: once, and not for every product.
         w, right = _mesh.gathered(w), _mesh.gathered(right)
+    # By its largest entry, so that products of several weights do not underflow.
+    unit = view.max(jnp.abs(w))
+    unit = jnp.where(unit > jnp.finfo(w.dtype).tiny, unit, 1)
+    w = w / view.expand(unit)
     v = _unit(view, right + FRESH * first_vector(view, w))
     u = _times(view, w, v)
     basis, images = (jnp.stack([jnp.zeros_like(x)] * STEPS) for x in (v, u))
@@ -98,7 +102,7 @@ def top_singular(view: _layout.MatrixView, w: jax.Array, right: jax.Array) -> Tr
     finite = finite[..., 0, 0]
     value = jnp.where(finite, _numerics.divide_or_zero(stretched, length), jnp.nan)
     kept = jnp.where(over_outputs(view).expand(value > 0), _unit(view, v), right)
-    return Triplet(value, left, _mesh.like(kept, former))
+    return Triplet(value * unit, left, _mesh.like(kept, former))
 
 
 def init(layout: _layout.Layout, params: optax.Params) -> TopVectorState:
@@ -131,8 +135,10 @@ def scaled_weights(
             p = _numerics.wide(p)
             end = p + u.astype(p.dtype)
             top = top_singular(view, end, right)
-            scaled = view.expand(factor(view, top.value)) * end
-            return (scaled - p).astype(u.dtype), top.right
+            by = view.expand(factor(view, top.value))
+            # Without the rounding of p + u - p where nothing is scaled.
+            step = jnp.where(by == 1, u.astype(p.dtype), by * end - p)
+            return step.astype(u.dtype), top.right
 
         pairs = _layout.tree_map(
             retract, layout, updates, params, state.right, keep_boxes=False

@@ -20,7 +20,7 @@ def spectral_norm_cap(
 
     Put it last in the chain: its input must be the final step, including learning rate
     and sign, and its output must be added to the parameters unchanged. Steps that stay
-    below the limit are not changed.
+    below the limit are returned unchanged.
 
     Args:
       limit: :math:`L`, positive.
