@@ -1,4 +1,4 @@
-"""A frame for transformations that keep a state for each matrix, with its owner."""
+"""Shared code of transformations that keep a state per matrix, on its owner."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple

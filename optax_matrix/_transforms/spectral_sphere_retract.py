@@ -49,13 +49,14 @@ def spectral_sphere_retract(
       error does not grow, because the norm is measured anew in every update.
 
     Sharding:
-      Any. No matrix is moved; each iteration adds up two vectors per matrix.
+      Any. Each iteration adds up two vectors per matrix. Leaves that ``layout`` splits
+      into several matrices are gathered; others stay where they are.
 
     References:
       Controlled LLM Training on Spectral Sphere, 2026, `arXiv:2601.08393
-      <https://arxiv.org/abs/2601.08393>`_. Differs: retracts after the step and not
-      before it, so that only a start off the sphere makes a difference; Lanczos instead
-      of power iterations.
+      <https://arxiv.org/abs/2601.08393>`_. Differs: retracts after the step, so
+      gradients are taken on the sphere and weight decay has an effect; in the authors'
+      code the next retraction undoes it. Lanczos instead of power iterations.
     """
     _arguments.number("radius", radius, 0.0, low_open=True)
 

@@ -51,9 +51,9 @@ def stiefel_retract(
 
     Returns:
       A transformation without state that needs ``params``. Updates keep their shape and
-      dtype. NaN or Inf in one matrix does not affect the others. By ``"polar"`` what a
-      step brings to zero ends at zero, and singular values below 1e-4 of the norm take
-      another update to become 1.
+      dtype. NaN or Inf in one matrix does not affect the others. By ``"polar"``, a
+      matrix that a step makes zero stays zero, and singular values below 1e-4 of the
+      norm take another update to become 1.
 
     Raises:
       ValueError: As `orthogonalize`, for another ``method``, and in ``update`` without

@@ -28,10 +28,12 @@ def tangent_orthogonalize(
       \langle u_1 v_1^\top, \operatorname{polar}(U + \lambda u_1 v_1^\top) \rangle = 0,
 
     which is the steepest direction of spectral norm 1 that keeps the spectral norm to
-    first order; `spectral_sphere_retract` keeps it exactly. The inner product increases
-    with :math:`\lambda`, which is found by bisection in a bracket that always holds it.
-    The result for a multiple of :math:`u_1 v_1^\top`, which has no tangent part, is
-    rounding.
+    first order; `spectral_sphere_retract` keeps it exactly. :math:`\lambda` is found
+    by bisection. For exact polar factors, the inner product does not decrease with
+    :math:`\lambda`, and the bracket always contains a zero; approximate methods, such
+    as the default, follow this up to their error. A multiple of
+    :math:`u_1 v_1^\top` has no tangent part: rounding errors are orthogonalized, and
+    the result is an arbitrary direction of full norm.
 
     Args:
       method: How to orthogonalize, see `orthogonalize`. The default is eight steps of
@@ -60,9 +62,10 @@ def tangent_orthogonalize(
 
     References:
       Controlled LLM Training on Spectral Sphere, 2026, `arXiv:2601.08393
-      <https://arxiv.org/abs/2601.08393>`_. Differs: the bracket is known and not
-      searched for by doubling, which may fail (then :math:`\lambda` is 0 there); there
-      is no tolerance, but always as many bisections.
+      <https://arxiv.org/abs/2601.08393>`_. Differs: the bracket is known; the
+      authors' code starts from the previous :math:`\lambda`, searches by doubling, and
+      falls back to the previous :math:`\lambda` if that fails. There is no tolerance,
+      but always as many bisections.
     """
     _check.static_int("bisections", bisections, 1)
     balanced = orthogonalize(
