@@ -31,8 +31,9 @@ def polar_express_rows(lower_bound: float, steps: int) -> Rows:
     whose singular values below :math:`\ell` need not reach 1. Three rows for 0.03 on
     the Gram side, with only two products with the long side, are
 
-    >>> method = NewtonSchulz(
-    ...     coefficients=polar_express_rows(0.03, 3),
+    >>> import optax_matrix as om
+    >>> method = om.NewtonSchulz(
+    ...     coefficients=om.polar_express_rows(0.03, 3),
     ...     method="gram",
     ...     normalization="schatten4",
     ...     precision="highest",
