@@ -110,7 +110,8 @@ SLOW = {
     *("orthogonalize_with_feedback", "weight_normalized", "stiefel_retract"),
     *VARIANTS,
     *("orthogonalize_exact", "orthogonalize_cached", "svd_supplement"),
-    "precondition_then_orthogonalize",
+    *("orthogonalize_newton_schulz", "orthogonalize_halley", "graft_to"),
+    *("scale_by_sign", "normalize_frobenius", "precondition_then_orthogonalize"),
     *("scale_by_noise", "oblique_tangent"),
 }
 

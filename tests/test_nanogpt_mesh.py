@@ -23,7 +23,7 @@ SMALL = configs.resolve(dataclasses.replace(
 # Sizes, kind of axes, micro-batches.
 MESHES = [
     pytest.param("", "auto", 1, marks=pytest.mark.slow),
-    ("data=2,fsdp=4", "auto", 1),
+    pytest.param("data=2,fsdp=4", "auto", 1, marks=pytest.mark.slow),
     pytest.param("data=2,fsdp=4", "explicit", 1, marks=pytest.mark.slow),
     pytest.param("fsdp=8", "auto", 1, marks=pytest.mark.slow),
     pytest.param("data=2,fsdp=2,tensor=2", "auto", 1, marks=pytest.mark.slow),

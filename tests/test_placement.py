@@ -154,13 +154,18 @@ def described(leaves, mesh, method=NS):
     )
 
 
+# Made of what the others have.
+MARKS = {"a mix": pytest.mark.slow}
 AUTO = ["replicated", "a transformer", "HSDP", "one matrix", "experts"]
 
 
 @pytest.mark.parametrize(
     "name, kind",
     [
-        *((name, AxisType.Explicit) for name in CASES),
+        *(
+            pytest.param(name, AxisType.Explicit, marks=MARKS.get(name, ()))
+            for name in CASES
+        ),
         *((name, AxisType.Auto) for name in AUTO),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import (
     collectives,
     nanogpt_seconds,
+    nanogpt_stages,
     nanogpt_sweep,
     polar_methods,
     preconditioners,
@@ -20,7 +21,7 @@ from benchmarks import (
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LONG = {"extending.md", "preconditioners.md", "record.md"}
+LONG = {"extending.md", "preconditioners.md", "record.md", "sharding.md"}
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,7 @@ def test_the_tables_of_the_docs_are_those_of_the_raw_results():
         assert part in page
     page = (ROOT / "docs" / "polar_methods.md").read_text()
     assert polar_methods.table(results / "polar_methods_2026-11-24.json") in page
+    assert nanogpt_stages.table(results / "nanogpt_stages_2026-11-24.json") in text
     sweep = results / "nanogpt_preconditioners_2026-11-22.json"
     assert nanogpt_sweep.table(sweep) in text
     seconds = results / "nanogpt_seconds_2026-11-22.json"

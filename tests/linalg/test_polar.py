@@ -26,8 +26,18 @@ from tests.references import polar as reference
 # Float32 rounding, amplified by up to the ∏ aᵢ of polar_express on small values.
 ATOL = 2e-4
 
-every = pytest.mark.parametrize("method", METHODS, ids=str)
-rotatable = pytest.mark.parametrize("method", ROTATABLE, ids=str)
+# Rational methods share all but their maps with the Halley that is not slow.
+SLOW = [Halley(lower_bound=1e-2, polish=1), Zolotarev()]
+
+
+def named(methods):
+    return [
+        pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in methods
+    ]
+
+
+every = pytest.mark.parametrize("method", named(METHODS), ids=str)
+rotatable = pytest.mark.parametrize("method", named(ROTATABLE), ids=str)
 
 
 @pytest.mark.parametrize("shape", [(4, 9), (9, 4), (5, 5)])

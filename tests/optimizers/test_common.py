@@ -82,7 +82,7 @@ MOMENTS = dict.fromkeys(OPTIMIZERS, 1) | {
 @pytest.mark.parametrize(
     "name, settings, count",
     [
-        *(case(name, {}, count) for name, count in MOMENTS.items()),
+        *(case(name, {}, count, slow=SLOW) for name, count in MOMENTS.items()),
         ("hopper", {"variance": "pre"}, 1),
         pytest.param("shampoo", {"graft": "sgd"}, 2, marks=pytest.mark.slow),
         pytest.param("shampoo", {"graft": "rmsprop"}, 1, marks=pytest.mark.slow),
@@ -146,7 +146,7 @@ FIVE_ROWS = {"decays": {"kernel": True, "bias": True}, "stays": {"kernel": False
     [FIVE_ROWS, pytest.param(five_rows, marks=pytest.mark.slow)],
     ids=["tree", "function"],
 )
-@every
+@some
 def test_weight_decay_mask_says_which_matrices_decay(name, mask):
     params = {
         "decays": {"kernel": problems.normal((5, 4)), "bias": jnp.ones(4)},
@@ -224,7 +224,7 @@ def adamw(rate):
 
 
 @pytest.mark.parametrize(
-    "name, settings, factor", [case(*factor) for factor in FACTORS], ids=str
+    "name, settings, factor", [case(*f, slow=SLOW) for f in FACTORS], ids=str
 )
 def test_the_default_rate_of_the_auxiliary_optimizer(name, settings, factor):
     # A matrix without entries, because others take longer to compile.

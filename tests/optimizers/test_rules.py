@@ -208,7 +208,13 @@ def test_debiased_muon_is_optax_contrib_muon(nesterov):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), a, b)
 
 
-@pytest.mark.parametrize("orthogonalize", ["halley", "exact", om.NewtonSchulz(2), None])
+MORE = ("exact", om.NewtonSchulz(2))
+
+
+@pytest.mark.parametrize(
+    "orthogonalize",
+    ["halley", *(pytest.param(o, marks=pytest.mark.slow) for o in MORE), None],
+)
 @pytest.mark.parametrize(
     "factory", [om.muon, om.muonw, om.muonh, om.normuon, om.adamuon, om.hopper]
 )

@@ -19,6 +19,9 @@ AHEAD = np.where((np.arange(STEPS + 1) >= 5) & (np.arange(STEPS + 1) < 20), 0.3,
 START, HORIZON = 20, 6.0
 
 
+MORE = [(6, 6), (5, 8)]
+
+
 def table(values):
     return lambda count: jnp.asarray(values)[jnp.minimum(count, len(values) - 1)]
 
@@ -43,7 +46,9 @@ def run(tx, shape, gradient):
     return np.stack(trained), np.stack(shown), bases
 
 
-@pytest.mark.parametrize("shape", [(6, 6), (8, 5), (5, 8)])
+@pytest.mark.parametrize(
+    "shape", [(8, 5), *(pytest.param(s, marks=pytest.mark.slow) for s in MORE)]
+)
 def test_agrees_with_the_record_in_float64(shape):
     grads = histories.gradients(shape)
     tx = om.track3(table(RATES), momentum=table(MU))

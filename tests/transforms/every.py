@@ -21,6 +21,7 @@ MADE = {
     "weight_normalized": lambda: om.weight_normalized(
         om.ema_momentum(), optax.scale_by_adam()
     ),
+    "svd_supplement": lambda: om.svd_supplement(2),
     "switch_at": lambda: om.switch_at(1, om.match_rms(), om.ema_momentum()),
 }
 

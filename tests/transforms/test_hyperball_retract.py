@@ -62,7 +62,9 @@ def rms(x):
     return np.sqrt(np.mean(np.square(x)))
 
 
-@pytest.mark.parametrize("update_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "update_dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float32"]
+)
 def test_the_norm_of_bfloat16_params_is_off_by_their_rounding_and_no_more(update_dtype):
     w = problems.normal((16, 64, 64), dtype="bfloat16")
     w = w * jnp.where(jnp.arange(16) < 8, 2**-6, 3).astype("bfloat16")[:, None, None]

@@ -50,7 +50,11 @@ def test_matches_float64_reference(method, h, refresh):
         histories.close(found, cached(own, h, refresh), 1e-9, name)
 
 
-@pytest.mark.parametrize("method", [om.Halley(), om.Halley(0.1, polish=2)], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [om.Halley(), pytest.param(om.Halley(0.1, polish=2), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_renewed_in_every_update_it_is_the_method(method):
     grads = histories.gradients(histories.SHAPES, 3)
     got, _ = histories.of(om.orthogonalize_cached(method, refresh=1), grads)

@@ -116,7 +116,13 @@ def moved(make, grads):
 
 
 @pytest.mark.parametrize("stagger", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("shampoo", "soap"),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("kl_soap", "kl_shampoo")),
+    ],
+)
 def test_refresh_and_start_may_be_traced(name, stagger):
     make, settings = RULES[name]
     make = functools.partial(make, preconditioner=settings(stagger=stagger))

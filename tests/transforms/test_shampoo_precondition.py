@@ -190,7 +190,7 @@ def test_staggered_work_is_spread_over_all_shapes():
 @pytest.mark.parametrize(
     "settings, sides, max_dim",
     [
-        ({}, (True, True), None),
+        pytest.param({}, (True, True), None, marks=pytest.mark.slow),
         pytest.param(
             {"exponents": (None, -0.5)}, (False, True), None, marks=pytest.mark.slow
         ),
