@@ -19,7 +19,8 @@ second one gives them random singular vectors and measures each method:
 They are means over attention (q and o) and MLP matrices (in and out) and all recorded
 steps. Times are those of one random matrix of width 768 in float32, over those of five
 Jordan steps in the same process: the methods take turns, and the least time of each
-counts.
+counts. The same way are compared two triangular solves with a matrix and the inverse of
+the factorized matrix, multiplied by it, between which Halley's method chooses.
 """
 
 import argparse
@@ -34,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.lax import linalg as lax_linalg
 from matplotlib.figure import Figure
 
 import optax_matrix as om
@@ -150,19 +152,42 @@ def accuracy(method: Any, x: np.ndarray) -> dict[str, float]:
     return row
 
 
-def seconds(m: int, n: int) -> dict[str, float]:
-    """Returns the least time of each method, which take turns."""
-    x = jax.random.normal(jax.random.key(0), (m, n))
-    run = {name: jax.jit(method.polar) for name, method in METHODS.items()}
-    for polar in run.values():
-        polar(x).block_until_ready()
+def seconds(functions: dict[str, Any], *given: jax.Array) -> dict[str, float]:
+    """Returns the least time of each function, which take turns."""
+    run = {name: jax.jit(function) for name, function in functions.items()}
+    for function in run.values():
+        function(*given).block_until_ready()
     least = dict.fromkeys(run, math.inf)
     for _ in range(REPEATS):
-        for name, polar in run.items():
+        for name, function in run.items():
             begin = time.perf_counter()
-            polar(x).block_until_ready()
+            function(*given).block_until_ready()
             least[name] = min(least[name], time.perf_counter() - begin)
     return least
+
+
+def normal(m: int, n: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(0), (m, n))
+
+
+def solved(lower: jax.Array, x: jax.Array) -> jax.Array:
+    y = lax_linalg.triangular_solve(lower, x, left_side=True, lower=True)
+    return lax_linalg.triangular_solve(
+        lower, y, left_side=True, lower=True, transpose_a=True
+    )
+
+
+def multiplied(lower: jax.Array, x: jax.Array) -> jax.Array:
+    eye = jnp.eye(len(lower))
+    half = lax_linalg.triangular_solve(lower, eye, left_side=True, lower=True)
+    return jnp.matmul(half.T @ half, x, precision="highest")
+
+
+def solves_over_inverse(m: int, n: int) -> float:
+    """Returns the time of two triangular solves over that of an inverse."""
+    lower = jnp.linalg.cholesky(jnp.eye(m) + normal(m, m) @ normal(m, m).T / m)
+    times = seconds({"solves": solved, "inverse": multiplied}, lower, normal(m, n))
+    return times["solves"] / times["inverse"]
 
 
 def measured(spectra: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +205,8 @@ def measured(spectra: dict[str, Any]) -> dict[str, Any]:
                 key: float(np.mean([e[key] for e in each])) for key in each[0]
             }
     for shape, (m, n) in SHAPES.items():
-        times = seconds(m, n)
+        methods = {name: method.polar for name, method in METHODS.items()}
+        times = seconds(methods, normal(m, n))
         base = times["`NewtonSchulz()`, five Jordan steps"]
         for name, method in METHODS.items():
             flops = getattr(method, "flops", None)
@@ -190,7 +216,13 @@ def measured(spectra: dict[str, Any]) -> dict[str, Any]:
                 "time": times[name] / base,
             }
     command = "python -m benchmarks.polar_methods SPECTRA.json --out OUT.json"
-    return {**record.environment(), "command": command, "rows": rows}
+    solves = {f"{k}:1": solves_over_inverse(768, 768 * k) for k in (1, 2, 4)}
+    return {
+        **record.environment(),
+        "command": command,
+        "rows": rows,
+        "solves_over_inverse": solves,
+    }
 
 
 def table(path: Path) -> str:
