@@ -101,7 +101,11 @@ def test_the_tables_of_the_docs_are_those_of_the_raw_results():
     ):
         assert part in page
     page = (ROOT / "docs" / "polar_methods.md").read_text()
-    assert polar_methods.table(results / "polar_methods_2026-11-24.json") in page
+    methods = results / "polar_methods_2026-11-24.json"
+    assert polar_methods.table(methods) in page
+    ratios = json.loads(methods.read_text())["solves_over_inverse"]
+    square, two, four = (f"{ratio:.2f}" for ratio in ratios.values())
+    assert f"{square} (square), {two} (2:1) and {four} (4:1)" in page
     assert nanogpt_stages.table(results / "nanogpt_stages_2026-11-24.json") in text
     sweep = results / "nanogpt_preconditioners_2026-11-22.json"
     assert nanogpt_sweep.table(sweep) in text

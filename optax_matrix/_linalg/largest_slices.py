@@ -71,7 +71,7 @@ class LargestSlices:
         # In their order in the matrix, which matters to MUD.
         part = jnp.take_along_axis(x, jnp.sort(largest, axis), axis)
         polar = as_method(self.method).polar(part)
-        # Gathers are faster than a scatter.
+        # Back to their places, with zeros elsewhere.
         place = jnp.maximum(jnp.cumsum(taken, axis) - 1, 0)
         return jnp.where(taken, jnp.take_along_axis(polar, place, axis), 0)
 

@@ -6,10 +6,10 @@ from optax_matrix import _check
 from optax_matrix._linalg.coefficients import Row, Rows
 
 # The odd quintic of highest order at 1, for intervals so narrow that the exchange
-# below would subtract equal numbers: from widths of 6e-4 down it may not converge. At
-# most, this quintic is off by 5/16 (width)³.
+# below would subtract nearly equal numbers, and might not converge. This quintic is off
+# by 5/16 (width)³ at most.
 _NARROW = 1e-3
-# Six are enough for all widths from 1e-3.
+# It converges quadratically: this is many more than it takes.
 _EXCHANGES = 20
 _PADE: Row = (15 / 8, -10 / 8, 3 / 8)
 

@@ -58,7 +58,7 @@ def zolotarev(lower_bound: float, poles: int = 1) -> RationalMap:
 
     Args:
       lower_bound: ℓ, in (0, 1]. Below 1e-7, rounding of :math:`1 - \ell^2` spoils sn
-        and cn: the extrema of three poles are off by 1e-3 for 1e-8.
+        and cn.
       poles: r, at least 1.
     """
     square = lower_bound * lower_bound
@@ -233,8 +233,8 @@ def spd_inverse(a: Array, precision: Precision) -> Array:
 def _check_shifts(maps: Sequence[RationalMap], dtype: np.dtype) -> None:
     """Raises if rounding can make I + cA indefinite, which gives NaN.
 
-    Rank-one matrices of 256×1024 give NaN from c ε = 1.6 on, where ε is the distance
-    from 1 to the next number. Longer sums have larger errors.
+    The largest eigenvalue, c, has a rounding error of about c ε, and the smallest is 1.
+    Longer sums have larger errors, so the limit is well below c ε = 1.
     """
     shift = max(max(h.shifts) for h in maps)
     if shift * float(jnp.finfo(dtype).eps) > 0.1:
@@ -254,8 +254,8 @@ def _scaled(gram: Array) -> tuple[Array, Array]:
 def _solves(m: int, n: int, h: RationalMap, rows: Sequence[Row]) -> bool:
     """Returns whether to solve against X instead of multiplying it by an inverse.
 
-    Solves take fewer FLOPs for any n, but on CPU two of them take 0.8 of the time of
-    the inverse and the product for n = m, the same for n = 2m and 1.25 for n = 4m.
+    Solves take fewer FLOPs for any n, but more time than the inverse and the product
+    from about n = 2m on, as docs/polar_methods.md has it for a CPU.
     """
     return not rows and len(h.shifts) == 1 and n < 2 * m
 

@@ -35,7 +35,7 @@ def mano(
       v_k = u_k - \frac{\langle u_k, w_k \rangle}{\|w_k\|^2} w_k, \qquad
       w_k \leftarrow (1 - \eta\lambda) w_k - \eta \rho \sqrt{n} \; v_k / \|v_k\|.
 
-    There are no matrix products, so a step costs little more than that of AdamW.
+    There are no matrix products.
 
     Args:
       learning_rate: :math:`\eta`, not negative, or a schedule; with ``rms=0.2``,

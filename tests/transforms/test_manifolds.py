@@ -211,7 +211,6 @@ def test_each_matrix_of_a_leaf_has_its_own_constraint(name):
         np.testing.assert_allclose(mine, want, atol=1e-4)
 
 
-@slow
 def test_the_cap_leaves_small_matrices_alone_and_nan_where_it_is():
     w = problems.normal((3, 4, 3)) * jnp.array([1e-3, 1.0, 1.0])[:, None, None]
     u = (0.1 * w).at[2, 0, 0].set(jnp.nan)
