@@ -91,7 +91,7 @@ def orthogonalize_cached(
       method: `Halley` with one step, or `Zolotarev`; or ``"halley"`` or ``"zolotarev"``
         with default settings.
       refresh: :math:`k`, the number of updates from one factor to the next, at least 1;
-        1 keeps nothing.
+        1 computes it in every update.
       layout: See `orthogonalize`, as the following.
       placement: See `orthogonalize`.
 
