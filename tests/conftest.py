@@ -37,3 +37,14 @@ def optimizations(request):
     if jax.config.read(FLAG) != disable:
         jax.config.update(FLAG, disable)
         jax.clear_caches()  # The flag is not part of their keys.
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Drops compiled programs after each module.
+
+    Each has several memory mappings, of which Linux grants a process 65,530 by default;
+    compiling one more then ends the process. What is needed again is on disk.
+    """
+    yield
+    jax.clear_caches()
