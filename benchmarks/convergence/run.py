@@ -1,0 +1,202 @@
+"""Tunes every arm and trains the best of each on fresh seeds.
+
+    python -m benchmarks.convergence.run tiny-250 --out RUNS.jsonl --arms muon halley
+
+Each line of the file is one run, with all that is needed to repeat it at its commit.
+The same command continues an existing file.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import threading
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.convergence import tune
+from benchmarks.convergence.arms import ARMS
+from benchmarks.trial import Trial
+from examples.nanogpt import configs, record
+
+PROTOCOLS: Mapping[str, Mapping[str, Any]] = tomllib.loads(
+    Path(__file__).with_name("protocol.toml").read_text()
+)
+# One thread per process, so that two runs use two cores.
+ONE_THREAD = {
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+Run = dict[str, Any]
+
+
+def train(
+    protocol: Mapping[str, Any], arm: str, values: tune.Values, seed: int, phase: str
+) -> Run:
+    """Trains once.
+
+    Args:
+      protocol: A table of protocol.toml.
+      arm: A name from ARMS.
+      values: The values of what is tuned.
+      seed: The seed of the parameters and of the order of the data.
+      phase: "search", which validates at the end only, or "final".
+    """
+    preset = configs.PRESETS[protocol["config"]]
+    config = dataclasses.replace(preset, seed=seed, **protocol["fields"])
+    config = configs.resolve(config)
+    trial = Trial(config, ARMS[arm].make(values, config))
+    every = config.steps if phase == "search" else protocol["val_every"]
+    curve, seconds = [], 0.0
+    while trial.count < config.steps:
+        seconds += trial.advance(min(every, config.steps - trial.count))
+        curve.append((trial.count, trial.validate()))
+        if not math.isfinite(curve[-1][1]):
+            break
+    return {
+        **{"arm": arm, "phase": phase, "seed": seed, "values": dict(values)},
+        # JSON has no NaN; null is a loss that is not finite.
+        "loss": curve[-1][1] if math.isfinite(curve[-1][1]) else None,
+        "curve": [point for point in curve if math.isfinite(point[1])],
+        "seconds": round(seconds, 2),
+        "data_sha256": trial.dataset.sha256,
+        **record.environment(),
+    }
+
+
+def loss_of(run: Run) -> float:
+    """Returns a loss that can be compared: infinite for a run that diverged."""
+    return math.inf if run["loss"] is None else run["loss"]
+
+
+def read(path: Path) -> list[Run]:
+    """Returns the runs of a file; a line that was cut off is not one."""
+    runs = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            runs.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return runs
+
+
+def of(runs: Sequence[Run], arm: str, phase: str) -> list[Run]:
+    """Returns the runs of an arm in the search or after it."""
+    return [run for run in runs if (run["arm"], run["phase"]) == (arm, phase)]
+
+
+def best_of(runs: Sequence[Run]) -> tune.Values:
+    """Returns the values of the run with the lowest loss."""
+    return min(runs, key=loss_of)["values"]
+
+
+class Bench:
+    """The runs of a protocol: those of a file and those that are still missing."""
+
+    def __init__(self, name: str, arms: Sequence[str], path: Path):
+        self.name, self.arms, self.path = name, arms, path
+        self.protocol, self.runs = PROTOCOLS[name], read(path)
+        others = {run["protocol"] for run in self.runs} - {name}
+        if others:
+            raise ValueError(
+                f"{path} has runs of {', '.join(sorted(others))}, not of {name}: "
+                "name another file"
+            )
+        self.lock, self.begin, self.done = threading.Lock(), time.perf_counter(), 0
+
+    @property
+    def total(self) -> int:
+        """The number of runs of all arms, if no search converges before its end."""
+        return len(self.arms) * (self.protocol["trials"] + len(self.protocol["seeds"]))
+
+    def missing(self) -> int:
+        """Returns how many of them are still to do."""
+        return self.total - sum(run["arm"] in self.arms for run in self.runs)
+
+    def minutes_left(self) -> float:
+        """Returns an estimate, from the runs since `run` was called."""
+        elapsed = (time.perf_counter() - self.begin) / 60
+        return elapsed / self.done * self.missing()
+
+    def add(self, run: Run) -> None:
+        """Adds a run to the file and reports."""
+        run = {"protocol": self.name, **run}
+        with self.lock:
+            self.runs.append(run)
+            self.done += 1
+            if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+                # The last line was cut off.
+                self.path.write_text("".join(json.dumps(r) + "\n" for r in self.runs))
+            else:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(run) + "\n")
+            values = ", ".join(f"{k} {v:.4g}" for k, v in run["values"].items())
+            print(
+                f"[{self.total - self.missing()}/{self.total}] {run['arm']} ({values}) "
+                f"seed {run['seed']}: {loss_of(run):.4f}; about "
+                f"{self.minutes_left():.0f} minutes left",
+                flush=True,
+            )
+
+    def one_arm(self, pool: concurrent.futures.Executor, arm: str) -> None:
+        """Does the runs of one arm that are missing."""
+        protocol = self.protocol
+
+        def done(phase: str) -> list[Run]:
+            with self.lock:
+                return of(self.runs, arm, phase)
+
+        def run(values: tune.Values, seed: int, phase: str) -> None:
+            self.add(pool.submit(train, protocol, arm, values, seed, phase).result())
+
+        while len(tried := done("search")) < protocol["trials"]:
+            losses = [(each["values"], loss_of(each)) for each in tried]
+            values = tune.next_values(ARMS[arm].start, losses)
+            if values is None:
+                break
+            run(values, protocol["search_seed"], "search")
+        have = {each["seed"] for each in done("final")}
+        for seed in protocol["seeds"]:
+            if seed not in have:
+                run(best_of(done("search")), seed, "final")
+
+    def run(self, pool: concurrent.futures.Executor, workers: int) -> None:
+        """Does all runs that are missing.
+
+        Args:
+          pool: What trains.
+          workers: How many arms are worked on at a time.
+        """
+        minutes = self.protocol["minutes"] * self.missing() / workers
+        print(f"{self.missing()} runs, about {minutes:.0f} minutes", flush=True)
+        self.begin, self.done = time.perf_counter(), 0
+        with concurrent.futures.ThreadPoolExecutor(workers) as threads:
+            jobs = [threads.submit(self.one_arm, pool, arm) for arm in self.arms]
+            for job in jobs:
+                job.result()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("protocol", choices=PROTOCOLS)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, required=True)
+    parser.add_argument("--workers", type=int, default=2, help="concurrent processes")
+    arguments = parser.parse_args()
+    os.environ.update(ONE_THREAD)  # for the workers
+    bench = Bench(arguments.protocol, arguments.arms, arguments.out)
+    workers, context = arguments.workers, multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+        bench.run(pool, workers)
+
+
+if __name__ == "__main__":
+    main()
