@@ -118,34 +118,53 @@ def named(
     return Arm(make, start, METHODS[polar] if polar else None)
 
 
-def chain(method: str, *, entry: bool, neuron: bool) -> Arm:
+def around(
+    orthogonalize: Callable[[Any], Stage],
+    values: Values,
+    config: Config,
+    *,
+    entry: bool,
+    neuron: bool,
+) -> Stage:
     """Returns momentum, a polar method, and variances around it, at a fixed RMS.
 
     Args:
-      method: A name from METHODS or STAGES.
+      orthogonalize: Returns the stage of the polar method, given a layout.
+      values: The learning rate and the momentum.
+      config: The run.
       entry: Whether the variance of each entry is before the polar method.
       neuron: Whether the variance of each output is after it.
     """
+
+    def matrix(layout: Any) -> Stage:
+        stages = [
+            om.ema_momentum(values["momentum"]),
+            entry and om.scale_by_variance(0.95),
+            orthogonalize(layout),
+            neuron and om.scale_by_neuron_variance(0.95, layout=layout),
+            om.match_rms(0.2, layout=layout),
+            optax.scale_by_learning_rate(
+                train.schedule(values["learning_rate"], config)
+            ),
+        ]
+        return optax.chain(*[stage for stage in stages if stage])
+
+    rate = train.schedule(config.aux_lr, config)
+    auxiliary = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.0)
+    return om.partition(matrix, auxiliary)
+
+
+def chain(method: str, *, entry: bool, neuron: bool) -> Arm:
+    """Returns `around` a method, by its name in METHODS or STAGES."""
     polar = METHODS.get(method)
 
-    def make(values: Values, config: Config) -> Stage:
-        def matrix(layout: Any) -> Stage:
-            schedule = train.schedule(values["learning_rate"], config)
-            stages = [
-                om.ema_momentum(values["momentum"]),
-                entry and om.scale_by_variance(0.95),
-                om.orthogonalize(polar, layout=layout)
-                if polar
-                else STAGES[method](layout),
-                neuron and om.scale_by_neuron_variance(0.95, layout=layout),
-                om.match_rms(0.2, layout=layout),
-                optax.scale_by_learning_rate(schedule),
-            ]
-            return optax.chain(*[stage for stage in stages if stage])
+    def orthogonalize(layout: Any) -> Stage:
+        if polar is None:
+            return STAGES[method](layout)
+        return om.orthogonalize(polar, layout=layout)
 
-        rate = train.schedule(config.aux_lr, config)
-        auxiliary = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.0)
-        return om.partition(matrix, auxiliary)
+    def make(values: Values, config: Config) -> Stage:
+        return around(orthogonalize, values, config, entry=entry, neuron=neuron)
 
     return Arm(make, {"learning_rate": 0.024, "momentum": 0.85}, polar)
 

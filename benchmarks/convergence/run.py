@@ -16,9 +16,11 @@ import os
 import threading
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import optax
 
 from benchmarks.convergence import tune
 from benchmarks.convergence.arms import ARMS
@@ -36,10 +38,48 @@ ONE_THREAD = {
 Run = dict[str, Any]
 
 
+def fit(
+    config: configs.Config,
+    optimizer: optax.GradientTransformation,
+    every: int,
+    go_on: Callable[[int, float], bool] = lambda step, loss: True,
+) -> Run:
+    """Trains once.
+
+    Args:
+      config: The configuration.
+      optimizer: The optimizer of all parameters.
+      every: Steps between validations; one is at the end.
+      go_on: Returns whether to continue, given the step and the loss of a validation.
+
+    Returns:
+      The last validation loss (None if it is not finite, which ends the run, because
+      JSON has no NaN), the finite ones with their steps, and what identifies data,
+      versions and machine.
+    """
+    trial = Trial(config, optimizer)
+    curve, seconds, loss = [], 0.0, math.nan
+    while trial.count < config.steps:
+        seconds += trial.advance(min(every, config.steps - trial.count))
+        loss = trial.validate()
+        if not math.isfinite(loss):
+            break
+        curve.append((trial.count, loss))
+        if not go_on(trial.count, loss):
+            break
+    return {
+        "loss": loss if math.isfinite(loss) else None,
+        "curve": curve,
+        "seconds": round(seconds, 2),
+        "data_sha256": trial.dataset.sha256,
+        **record.environment(),
+    }
+
+
 def train(
     protocol: Mapping[str, Any], arm: str, values: tune.Values, seed: int, phase: str
 ) -> Run:
-    """Trains once.
+    """Does one run of a protocol.
 
     Args:
       protocol: A table of protocol.toml.
@@ -51,23 +91,9 @@ def train(
     preset = configs.PRESETS[protocol["config"]]
     config = dataclasses.replace(preset, seed=seed, **protocol["fields"])
     config = configs.resolve(config)
-    trial = Trial(config, ARMS[arm].make(values, config))
     every = config.steps if phase == "search" else protocol["val_every"]
-    curve, seconds = [], 0.0
-    while trial.count < config.steps:
-        seconds += trial.advance(min(every, config.steps - trial.count))
-        curve.append((trial.count, trial.validate()))
-        if not math.isfinite(curve[-1][1]):
-            break
-    return {
-        **{"arm": arm, "phase": phase, "seed": seed, "values": dict(values)},
-        # JSON has no NaN; null is a loss that is not finite.
-        "loss": curve[-1][1] if math.isfinite(curve[-1][1]) else None,
-        "curve": [point for point in curve if math.isfinite(point[1])],
-        "seconds": round(seconds, 2),
-        "data_sha256": trial.dataset.sha256,
-        **record.environment(),
-    }
+    about = {"arm": arm, "phase": phase, "seed": seed, "values": dict(values)}
+    return {**about, **fit(config, ARMS[arm].make(values, config), every)}
 
 
 def loss_of(run: Run) -> float:
