@@ -252,7 +252,7 @@ def test_registry_names_the_whole_ladder():
         *("sgd", "momentum", "adagrad", "rmsprop", "adam", "adam_l2", "adamw"),
         *("sign_sgd", "lion"),
         *("muon", "muonw", "muonh", "adamh", "adamuon", "normuon"),
-        *("dion", "muown", "hopper"),
+        *("dion", "muown", "hopper", "halley_muon"),
         *("muon_vs", "muon_nsr", "muon_squared", "mano"),
         *("shampoo", "distributed_shampoo", "soap", "kl_soap", "soap_muon"),
         *("nanochat_muon", "track3", "spectral_sphere", "spel"),

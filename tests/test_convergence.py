@@ -175,6 +175,18 @@ def test_variances_are_around_the_polar_method():
         np.testing.assert_allclose(got, second_update(optax.chain(*stages)), rtol=1e-4)
 
 
+def test_a_chain_is_the_named_optimizer():
+    config = configs.resolve(dataclasses.replace(configs.TINY, steps=10))
+    params = {"mlp": {"kernel": problems.normal((4, 8), 2)}}
+    grads = [{"mlp": {"kernel": problems.normal((4, 8), s)}} for s in range(3, 9)]
+    values = {"learning_rate": 0.1, "momentum": 0.8}
+    chain = arms.ARMS["entry+halley+neuron"].make(values, config)
+    schedule = train.schedule(0.1, config)
+    got, _ = problems.run(chain, params, grads)
+    want, _ = problems.run(om.halley_muon(schedule, momentum=0.8), params, grads)
+    chex.assert_trees_all_close(got[-1], want[-1], rtol=1e-6)
+
+
 def test_the_controls_have_the_spectra_of_their_paper():
     x = np.asarray(problems.normal((6, 9), 1), np.float64)
     u, s, vt = np.linalg.svd(x, full_matrices=False)

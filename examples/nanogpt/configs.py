@@ -39,6 +39,7 @@ LEARNING_RATES = {
     "dion": 0.02,
     "muown": 3e-3,
     "hopper": 3e-3,
+    "halley_muon": 0.024,
     "muon_vs": 6e-3,
     "muon_nsr": 6e-3,
     "muon_squared": 0.04,

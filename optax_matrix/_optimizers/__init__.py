@@ -1,6 +1,7 @@
 """The named optimizers: chains of transforms, each its own definition."""
 
 from optax_matrix._optimizers.dion import dion
+from optax_matrix._optimizers.halley_muon import halley_muon
 from optax_matrix._optimizers.hopper import adamuon, hopper
 from optax_matrix._optimizers.hyperball import adamh, muonh
 from optax_matrix._optimizers.mano import mano
@@ -28,6 +29,7 @@ __all__ = [
     "adamuon",
     "dion",
     "distributed_shampoo",
+    "halley_muon",
     "hopper",
     "kl_soap",
     "make_optimizer",

@@ -7,6 +7,7 @@ from typing import Any
 import optax
 
 from optax_matrix._optimizers.dion import dion
+from optax_matrix._optimizers.halley_muon import halley_muon
 from optax_matrix._optimizers.hopper import adamuon, hopper
 from optax_matrix._optimizers.hyperball import adamh, muonh
 from optax_matrix._optimizers.mano import mano
@@ -68,6 +69,7 @@ _MATRIX: Mapping[str, Factory] = {
         dion,
         muown,
         hopper,
+        halley_muon,
         muon_vs,
         muon_nsr,
         muon_squared,

@@ -89,6 +89,7 @@ BAD = {
     "preconditioner": NO_SETTINGS,
     "radius": positive(SCHEDULE),
     "refresh": (*NO_INTEGERS, 0, -1, SCHEDULE, jnp.float32(2)),
+    "svd_every": (*NO_INTEGERS, 0, -1, SCHEDULE, jnp.float32(2)),
     "residual_bound": positive(SCHEDULE),
     "rms": positive(SCHEDULE),
     "root": ("svd", 3, True),

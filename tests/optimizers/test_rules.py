@@ -42,6 +42,12 @@ CASES = {
         reference.muown,
         {"weight_decay": 0.5},
     ),
+    "halley_muon": (om.halley_muon, reference.halley_muon, {}),
+    "halley_muon with SVD": (
+        lambda lr: om.halley_muon(lr, svd_every=3),
+        reference.halley_muon,
+        {"svd_every": 3},
+    ),
     "adamuon": (om.adamuon, reference.adamuon, {}),
     "muon_vs": (om.muon_vs, reference.muon_vs, {}),
     "muon_nsr": (om.muon_nsr, reference.muon_vs, {"gamma": 10.0}),
@@ -89,7 +95,7 @@ SHAPES = [(7, 4), (4, 7), (5, 1)]
 # Their own stage is compared for other shapes in tests/transforms.
 ONE_SHAPE = VARIANTS | {
     *("muown with decay", "muon_squared without look-ahead", "mano with look-ahead"),
-    "MuonSphere",
+    *("MuonSphere", "halley_muon with SVD"),
 }
 
 

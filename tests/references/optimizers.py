@@ -5,7 +5,7 @@ Written from the formulas; imports nothing of the package.
 
 import numpy as np
 
-from tests.references.polar import PUBLISHED, safe_rows
+from tests.references.polar import PUBLISHED, halley, safe_rows
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 
@@ -146,6 +146,18 @@ def normuon(w, grads, lr, beta=0.95, b2=0.95, eps=1e-10):
     orthogonal = [newton_schulz(u) for u in momenta(grads, beta)]
     directions = spectral(np.shape(w)) * neuron_scaled(orthogonal, b2, eps)
     return descend(w, directions, lr)
+
+
+def halley_muon(w, grads, lr, svd_every=None):
+    """Entries, then outputs, divided by running RMS around one Halley step."""
+    scaled = variance_scaled(momenta(grads, 0.95), 0.95, 1e-8)
+    exact = [svd_every is not None and t % svd_every == 0 for t in range(len(scaled))]
+    orthogonal = [
+        polar(u) if whole else halley(u, 1e-2)
+        for u, whole in zip(scaled, exact, strict=True)
+    ]
+    directions = neuron_scaled(orthogonal, 0.95, 1e-10)
+    return descend(w, [with_rms(d, 0.2) for d in directions], lr)
 
 
 def adamuon(w, grads, lr, beta=0.95, b2=0.95, eps=1e-8, rms=0.2):

@@ -43,7 +43,7 @@ OPTIMIZERS = {name: om.OPTIMIZERS[name] for name in sorted(om.MATRIX_OPTIMIZERS)
 # Chains of others in which one stage is another, with tests of its own.
 VARIANTS = {
     *("muon_vs", "muon_nsr", "muon_squared", "mano", "dion", "muown"),
-    *("spectral_sphere", "spel"),
+    *("spectral_sphere", "spel", "halley_muon"),
 }
 # Their learning rate is a spectral norm; AdamW's default is 0.15 times that.
 SPECTRAL = {
