@@ -4,6 +4,7 @@ import time
 
 import jax
 import optax
+from flax import nnx
 
 import optax_matrix as om
 from examples.nanogpt import batches, data, sharding, train
@@ -36,6 +37,7 @@ class Trial:
         self.count = 0
         self._step = train.make_step(self.graph, optimizer)
         self._loss = jax.jit(lambda params, w: train.loss_fn(params, self.graph, w))
+        self._gradient = jax.jit(jax.grad(self._loss))
 
     def advance(self, steps: int) -> float:
         """Takes steps and returns the seconds they took."""
@@ -46,6 +48,10 @@ class Trial:
         jax.block_until_ready(self.state)
         self.count += steps
         return time.perf_counter() - begin
+
+    def gradient(self) -> nnx.State:
+        """Returns the gradient of the next step, of its first micro-batch."""
+        return self._gradient(self.state.params, self.windows.train(self.count)[0])
 
     def validate(self) -> float:
         """Returns the mean loss of the validation windows."""

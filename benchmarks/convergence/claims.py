@@ -1,0 +1,179 @@
+"""Trains what is needed to answer claims about optimizers, and measures on the way.
+
+    python -m benchmarks.convergence.claims dynamics --out DYNAMICS.jsonl
+    python -m benchmarks.convergence.claims rates --out RATES.jsonl
+
+`dynamics` trains at a constant learning rate and records, every 25 steps and as means
+over the hidden matrices: the Frobenius norm of the weights, the relative length of a
+step, the spectral entropy and the participation ratio of the weights, and those of the
+gradient with the share of its five largest singular values in its energy. `rates`
+trains MuonW and MuonH at five learning rates with the usual schedule. Each line of a
+file is a run; the same command continues an existing file.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import optax_matrix as om
+from benchmarks.convergence.arms import Arm, named
+from benchmarks.convergence.run import ONE_THREAD, fit, read
+from benchmarks.trial import Trial
+from examples.nanogpt import configs, record
+
+SEEDS = (1, 2, 3)
+STEPS, EVERY = 250, 25
+ARMS: Mapping[str, Arm] = {
+    "adamw": named(
+        "adamw", {"learning_rate": 4e-3}, fixed={"b2": 0.95, "weight_decay": 0.0}
+    ),
+    "muon": named("muon", {"learning_rate": 0.04}),
+    "muonw": named("muonw", {"learning_rate": 0.04}, fixed={"weight_decay": 0.1}),
+    "muonh": named("muonh", {"learning_rate": 0.06}),
+    "spectral_sphere": named("spectral_sphere", {"learning_rate": 0.1}),
+}
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the learning rates, in `rates`
+Job = dict[str, Any]
+
+
+def jobs_of(study: str) -> list[Job]:
+    """Returns the runs of a study."""
+    if study == "dynamics":
+        return [{"arm": arm, "seed": seed} for arm in ARMS for seed in SEEDS]
+    rates = {arm: ARMS[arm].start["learning_rate"] for arm in ("muonw", "muonh")}
+    return [
+        {"arm": arm, "seed": seed, "learning_rate": float(f"{factor * rate:.4g}")}
+        for factor in FACTORS
+        for arm, rate in rates.items()
+        for seed in SEEDS
+    ]
+
+
+def hidden(tree: Any) -> list[jax.Array]:
+    """Returns the hidden matrices of the model or of its gradient."""
+    return [leaf for leaf in jax.tree.leaves(tree["blocks"]) if leaf.ndim == 2]
+
+
+def mean(tree: Any) -> float:
+    return float(jnp.mean(jnp.concatenate([jnp.ravel(x) for x in tree])))
+
+
+def spectrum(matrices: list[jax.Array]) -> dict[str, float]:
+    """Returns spectral entropy (over that of equal values) and participation ratio."""
+    entropies = [
+        om.diagnostics.spectral_entropy(x) / math.log(min(x.shape)) for x in matrices
+    ]
+    ratios = [om.diagnostics.participation_ratio(x) / min(x.shape) for x in matrices]
+    return {"entropy": mean(entropies), "participation": mean(ratios)}
+
+
+def measure(trial: Trial) -> dict[str, Any]:
+    """Takes one step and measures it, the weights before, and the gradient."""
+    # Copies, because the step donates the parameters.
+    before = [jnp.copy(x) for x in hidden(trial.state.params)]
+    gradient = hidden(trial.gradient())
+    trial.advance(1)
+    after = hidden(trial.state.params)
+    steps = [
+        om.diagnostics.update_to_weight(b - a, a)
+        for a, b in zip(before, after, strict=True)
+    ]
+    energies = [jnp.square(om.diagnostics.singular_values(x)) for x in gradient]
+    top = [e[:, :5].sum(-1) / e.sum(-1) for e in energies]
+    return {
+        "step": trial.count - 1,
+        "norm": mean([jnp.linalg.norm(x)[None] for x in before]),
+        "relative_step": mean(steps),
+        "weights": spectrum(before),
+        "gradient": {**spectrum(gradient), "top_5": mean(top)},
+    }
+
+
+def dynamics(job: Job, config: configs.Config) -> dict[str, Any]:
+    """Trains at a constant rate and measures."""
+    config = dataclasses.replace(config, cooldown=0.0)
+    arm = ARMS[job["arm"]]
+    trial, points = Trial(config, arm.make(arm.start, config)), []
+    while trial.count < config.steps:
+        point = measure(trial)
+        trial.advance(min(EVERY, config.steps - point["step"]) - 1)
+        points.append(point)
+    return {
+        **{"points": points, "loss": trial.validate()},
+        **{"data_sha256": trial.dataset.sha256, **record.environment()},
+    }
+
+
+def rates(job: Job, config: configs.Config) -> dict[str, Any]:
+    """Trains at the rate of a job with the usual schedule."""
+    values = {"learning_rate": job["learning_rate"]}
+    return fit(config, ARMS[job["arm"]].make(values, config), config.steps)
+
+
+STUDIES = {"dynamics": dynamics, "rates": rates}
+
+
+def do(study: str, job: Job, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Does one run."""
+    config = dataclasses.replace(
+        configs.TINY, **{"steps": STEPS, "val_windows": 1024, **fields}
+    )
+    config = configs.resolve(dataclasses.replace(config, seed=job["seed"]))
+    return {"study": study, **job, **STUDIES[study](job, config)}
+
+
+def run_all(
+    study: str,
+    path: Path,
+    pool: concurrent.futures.Executor,
+    fields: Mapping[str, Any] | None = None,
+) -> Iterator[str]:
+    """Does the runs of a study that a file lacks, and says how long the rest takes."""
+    have = read(path)
+    missing = [
+        job
+        for job in jobs_of(study)
+        if not any(job.items() <= run.items() for run in have)
+    ]
+    begin = time.perf_counter()
+    jobs = [pool.submit(do, study, job, fields or {}) for job in missing]
+    for done, future in enumerate(concurrent.futures.as_completed(jobs), 1):
+        run = future.result()
+        with path.open("a") as file:
+            file.write(json.dumps(run) + "\n")
+        left = (time.perf_counter() - begin) / done * (len(jobs) - done) / 60
+        rate = f" at {run['learning_rate']}" if "learning_rate" in run else ""
+        yield (
+            f"[{done}/{len(jobs)}] {run['arm']}{rate}, seed {run['seed']}: "
+            f"{run['loss']}; about {left:.0f} minutes left"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=2, help="concurrent processes")
+    given = parser.parse_args()
+    os.environ.update(ONE_THREAD)  # for the workers
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(given.workers, context) as pool:
+        for line in run_all(given.study, given.out, pool):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
