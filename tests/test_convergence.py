@@ -15,7 +15,7 @@ from scipy import stats
 
 import optax_matrix as om
 from benchmarks.convergence import arms, evidence, report, run, tune
-from examples.nanogpt import configs, train
+from examples.nanogpt import configs, data, train
 from tests import problems
 
 # ---------------------------------------------------------------------- tuning
@@ -289,6 +289,30 @@ def test_training_is_that_of_the_example(protocol):
     assert got["loss"] == got["curve"][-1][1] and got["seconds"] > 0
     search = run.train(protocol, "muon", values, 3, "search")
     assert search["curve"] == got["curve"][1:]
+
+
+@pytest.mark.slow
+def test_the_track_trains_on_its_shards(tmp_path, protocol):
+    """A small model, for a few steps, on shards in the format of the track."""
+    tokens = np.random.default_rng(0).integers(0, 50257, 3000)
+    data.write_shard(tmp_path / "fineweb_train_000001.bin", tokens[:2000])
+    data.write_shard(tmp_path / "fineweb_val_000000.bin", tokens[2000:])
+    track = dict(run.PROTOCOLS["track3"])
+    small = {name: protocol["fields"][name] for name in ("layers", "width", "head_dim")}
+    small |= {"context": 16, "batch_size": 8, "accumulate": 1, "val_windows": 8}
+    track["fields"] = {**track["fields"], **small, "steps": 3, "data": str(tmp_path)}
+    track["val_every"] = 1
+    got = run.train(track, "record", {}, 0, "final")
+    assert [step for step, _ in got["curve"]] == [1, 2, 3]
+    assert abs(got["curve"][0][1] - np.log(50304)) < 0.5
+    preset = configs.PRESETS[run.PROTOCOLS["track3"]["config"]]
+    assert (preset.layers, preset.width, preset.data) == (12, 768, "fineweb")
+
+
+def test_another_text_than_that_of_the_protocol_raises(protocol):
+    other = {**protocol, "data_sha256": "0" * 64}
+    with pytest.raises(ValueError, match=r"SHA-256 0000.*install another version"):
+        run.train(other, "muon", arms.ARMS["muon"].start, 0, "search")
 
 
 def test_a_run_that_diverges_ends_and_is_recorded(protocol):

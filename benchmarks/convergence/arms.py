@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
 import optax_matrix as om
 from examples.nanogpt import train
@@ -169,6 +170,36 @@ def chain(method: str, *, entry: bool, neuron: bool) -> Arm:
     return Arm(make, {"learning_rate": 0.024, "momentum": 0.85}, polar)
 
 
+def record(values: Values, config: Config) -> Stage:
+    """Returns the optimizer of docs/record.md, its schedules scaled to the steps."""
+    del values
+
+    def at(count: ArrayLike) -> Array:
+        return jnp.asarray(count) * (RECORD_STEPS / config.steps)
+
+    def remaining(count: ArrayLike) -> Array:
+        return jnp.maximum(0.0, RECORD_STEPS - at(count)) ** 1.2
+
+    def learning_rate(count: ArrayLike) -> Array:
+        return jnp.minimum(0.0375, 3.317e-6 * remaining(count))
+
+    def momentum(count: ArrayLike) -> Array:
+        rise = jnp.minimum(at(count) / 300, 1.0)
+        fall = jnp.clip((at(count) - (RECORD_STEPS - 200)) / 200, 0.0, 1.0)
+        return 0.85 + 0.1 * rise - 0.1 * fall
+
+    def strength(count: ArrayLike) -> Array:
+        on = (at(count) >= 300) & (at(count) < RECORD_STEPS - 950)
+        rate = jnp.minimum(1.0, 1.659e-4 * remaining(count))
+        return jnp.where(on, 0.3 * rate, 0.0)
+
+    auxiliary = optax.adamw(train.schedule(config.aux_lr, config), b1=0.9, b2=0.95)
+    matrices = om.track3(learning_rate, momentum=momentum, auxiliary=auxiliary)
+    tail = round(config.steps * 2400 / RECORD_STEPS)
+    return om.tail_average(om.ema_lookahead(matrices, strength), start=tail)
+
+
+RECORD_STEPS = 2900
 MUON = {"learning_rate": 0.04, "momentum": 0.85}
 NORMUON = {"learning_rate": 0.06, "momentum": 0.85, "b2": 0.95}
 ADAMUON = {"learning_rate": 3e-3, "momentum": 0.85, "b2": 0.95}
@@ -190,6 +221,7 @@ OPTIMIZERS: Mapping[str, Arm] = {
     "soap": named("soap", SOAP),
     "soap_refresh_1": named("soap", SOAP, fixed={"refresh": 1}),
     "kl_soap_refresh_1": named("kl_soap", SOAP, fixed={"refresh": 1}),
+    "record": Arm(record, {}),
     "soap_muon": named("soap_muon", {**SOAP, "learning_rate": 0.04}, polar="jordan"),
 }
 VARIANCES = {

@@ -18,7 +18,7 @@ import optax_matrix as om
 from benchmarks.convergence import tune
 from benchmarks.convergence.arms import ARMS
 from benchmarks.convergence.evidence import Difference, difference, steps_to
-from benchmarks.convergence.run import PROTOCOLS, Run, best_of, loss_of, of, read
+from benchmarks.convergence.run import PROTOCOLS, Run, loss_of, of, read
 
 
 class Row(NamedTuple):
@@ -57,7 +57,7 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
         losses, trials = losses_of(arm), of(runs, arm, "search")
         if not losses:
             continue
-        values = best_of(trials)
+        values = of(runs, arm, "final")[0]["values"]
         tried = {name: {run["values"][name] for run in trials} for name in values}
         edge = [k for k, v in values.items() if v in (min(tried[k]), max(tried[k]))]
         against = None

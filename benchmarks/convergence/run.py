@@ -25,7 +25,7 @@ import optax
 from benchmarks.convergence import tune
 from benchmarks.convergence.arms import ARMS
 from benchmarks.trial import Trial
-from examples.nanogpt import configs, record
+from examples.nanogpt import configs, data, record
 
 PROTOCOLS: Mapping[str, Mapping[str, Any]] = tomllib.loads(
     Path(__file__).with_name("protocol.toml").read_text()
@@ -91,6 +91,13 @@ def train(
     preset = configs.PRESETS[protocol["config"]]
     config = dataclasses.replace(preset, seed=seed, **protocol["fields"])
     config = configs.resolve(config)
+    expected = protocol.get("data_sha256")
+    found = data.load(config.data).sha256 if expected else None
+    if found != expected:
+        raise ValueError(
+            f"the protocol is for a text with SHA-256 {expected}, and that of "
+            f"{config.data} is {found}: install another version of it"
+        )
     every = config.steps if phase == "search" else protocol["val_every"]
     about = {"arm": arm, "phase": phase, "seed": seed, "values": dict(values)}
     return {**about, **fit(config, ARMS[arm].make(values, config), every)}
@@ -118,8 +125,8 @@ def of(runs: Sequence[Run], arm: str, phase: str) -> list[Run]:
 
 
 def best_of(runs: Sequence[Run]) -> tune.Values:
-    """Returns the values of the run with the lowest loss."""
-    return min(runs, key=loss_of)["values"]
+    """Returns the values of the run with the lowest loss; {} if there is none."""
+    return min(runs, key=loss_of)["values"] if runs else {}
 
 
 class Bench:
@@ -190,7 +197,7 @@ class Bench:
         have = {each["seed"] for each in done("final")}
         for seed in protocol["seeds"]:
             if seed not in have:
-                run(best_of(done("search")), seed, "final")
+                run(best_of(done("search")) or ARMS[arm].start, seed, "final")
 
     def run(self, pool: concurrent.futures.Executor, workers: int) -> None:
         """Does all runs that are missing.
