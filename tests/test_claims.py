@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.convergence import claims
+from benchmarks.convergence import claims, claims_report
 from benchmarks.trial import Trial
 from examples.nanogpt import configs, train
 
@@ -88,3 +88,79 @@ def test_every_study_trains(study, fields):
         assert [point["step"] for point in got["points"]] == [0]
         # A hyperball step has the length of its learning rate.
         np.testing.assert_allclose(got["points"][0]["relative_step"], 0.06, rtol=0.01)
+
+
+# --------------------------------------------------------------------- answers
+
+
+def test_a_claim_is_judged_by_its_interval():
+    assert claims_report.judge("c", "n", [1.0, 1.1, 0.9], 0.5, 1.5) == (
+        *("c", "n", "1 ± 0.25", "0.5 to 1.5", "yes"),
+    )
+    assert claims_report.judge("c", "n", [1.0, 1.1, 0.9], high=0.5).answer == "no"
+    assert claims_report.judge("c", "n", [1.0, 1.1, 0.9], low=2.0).answer == "no"
+    assert claims_report.judge("c", "n", [1.0, 1.1, 0.9], low=0.9).answer == "undecided"
+    assert claims_report.judge("c", "n", [1.0], low=0.0).answer == "undecided"
+
+
+def history(arm, seed, *, power, slowing, entropy, top):
+    """A run whose measures are known."""
+    points = []
+    for step in range(0, 250, 25):
+        share = step / 225
+        points.append(
+            {
+                "step": step,
+                "norm": (4.0 + (1 + 0.01 * seed) * step ** (2 * power)) ** 0.5,
+                "relative_step": 0.1 * slowing ** ((step - 25) / 200),
+                "weights": {
+                    "entropy": 0.9 + (entropy + 1e-3 * seed) * share,
+                    "participation": 0.5 + (entropy + 1e-3 * seed) * share,
+                },
+                "gradient": {"top_5": top + 1e-3 * seed},
+            }
+        )
+    return {"arm": arm, "seed": seed, "points": points, "loss": 1.0}
+
+
+def test_answers_are_those_of_known_runs(tmp_path):
+    known = {
+        "adamw": {"power": 0.5, "slowing": 0.5, "entropy": 0.0, "top": 0.4},
+        "muon": {"power": 0.9, "slowing": 0.5, "entropy": 0.0, "top": 0.8},
+        "muonw": {"power": 0.5, "slowing": 0.3, "entropy": -0.1, "top": 0.5},
+        "muonh": {"power": 0.5, "slowing": 1.0, "entropy": -0.2, "top": 0.5},
+        "spectral_sphere": {"power": 0.5, "slowing": 1, "entropy": -0.05, "top": 0.5},
+    }
+    # The order of a file is that in which runs end.
+    runs = [
+        history(arm, seed, **kind)
+        for seed, arms in ((1, known), (3, known), (2, reversed(known)))
+        for arm, kind in ((arm, known[arm]) for arm in arms)
+    ]
+    answers = claims_report.answers_of(runs)
+    assert [answer.answer for answer in answers] == [
+        *("no", "yes"),
+        *("yes", "yes"),
+        *("yes", "yes", "yes", "yes"),
+        *("yes", "yes", "no"),
+    ]
+    assert answers[0].measured.startswith("0.9 ±")
+    assert answers[2].measured.startswith("0.3 ±")
+    assert claims_report.table(answers).count("\n") == len(answers) + 1
+    claims_report.plot(runs, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_rates_are_paired_by_place_and_seed():
+    runs = []
+    for job in claims.jobs_of("rates"):
+        factor = job["learning_rate"] / claims.ARMS[job["arm"]].start["learning_rate"]
+        # MuonH is better at low rates, and at the highest only MuonW trains.
+        gap = 0.1 * np.log2(factor) if job["arm"] == "muonh" else 0.0
+        loss = 1.5 + gap + 0.01 * job["seed"]
+        lost = job["arm"] == "muonh" and factor > 3
+        runs.append({**job, "loss": None if lost else loss})
+    text, answers = claims_report.rates_of(runs)
+    assert [answer.answer for answer in answers] == ["yes", "yes", "yes", "undecided"]
+    assert "| 0.01 | 0.015 | 1.520 | 1.320 | -0.200 |" in text
+    assert text.count("\n") == 6 and "inf" in text

@@ -8,6 +8,21 @@ from typing import NamedTuple
 from scipy import stats
 
 
+def interval(values: Sequence[float], confidence: float) -> tuple[float, float]:
+    """Returns the mean and half of its confidence interval, by Student's t.
+
+    Args:
+      values: One value per seed. Half of the interval is infinite for a single one, and
+        if one is not finite.
+      confidence: The confidence of the interval, in (0, 1).
+    """
+    mean, count = statistics.mean(values), len(values)
+    if count == 1 or not math.isfinite(mean):
+        return mean, math.inf
+    quantile = float(stats.t.ppf((1 + confidence) / 2, count - 1))
+    return mean, quantile * statistics.stdev(values) / math.sqrt(count)
+
+
 class Difference(NamedTuple):
     """A mean difference of losses over seeds.
 
@@ -49,13 +64,9 @@ def difference(
             f"the arm has the seeds {sorted(losses)} and the baseline "
             f"{sorted(baseline)}: train both with the same ones"
         )
-    found = [losses[seed] - baseline[seed] for seed in seeds]
-    mean, count = statistics.mean(found), len(found)
-    half = math.inf
-    if count > 1 and math.isfinite(mean):
-        quantile = float(stats.t.ppf((1 + confidence) / 2, count - 1))
-        half = quantile * statistics.stdev(found) / math.sqrt(count)
-    return Difference(mean, half, count, _verdict(mean, half, margin))
+    gaps = [losses[seed] - baseline[seed] for seed in seeds]
+    mean, half = interval(gaps, confidence)
+    return Difference(mean, half, len(seeds), _verdict(mean, half, margin))
 
 
 def _verdict(mean: float, half: float, margin: float) -> str:
