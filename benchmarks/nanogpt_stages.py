@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import optax
 
 import optax_matrix as om
-from examples.nanogpt import batches, configs, data, record, sharding, train
+from benchmarks.trial import Trial
+from examples.nanogpt import configs, record, train
 
 Stage = optax.GradientTransformation
 Chain = Callable[[Any], Stage]
@@ -155,22 +155,10 @@ def optimizers(config: configs.Config) -> dict[str, Stage]:
 
 def run(config: configs.Config, optimizer: Stage) -> tuple[float, float]:
     """Returns the validation losses before and after training."""
-    mesh = sharding.make_mesh("", "auto")
-    dataset = data.load(config.data, tokenizer=config.tokenizer)
-    windows = batches.Batches(dataset, config, mesh)
-    graph, _, first = train.initial(config, dataset.vocab_size, mesh)
-    state = train.State(first.params, optimizer.init(first.params))  # type: ignore
-    loss = jax.jit(lambda params, w: train.loss_fn(params, graph, w))
-
-    def validation(params: Any) -> float:
-        losses = [float(loss(params, w)) for w in windows.val]
-        return sum(losses) / len(losses)
-
-    before = validation(state.params)
-    step = train.make_step(graph, optimizer)
-    for count in range(config.steps):
-        state, _ = step(state, windows.train(count))
-    return before, validation(om.evaluation_params(state.optimizer, state.params))
+    trial = Trial(config, optimizer)
+    before = trial.validate()
+    trial.advance(config.steps)
+    return before, trial.validate()
 
 
 def table(path: Path) -> str:

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-# A categorical value with fewer complete trials than this is suggested again.
-ENOUGH = 3
+# Choices with fewer trials than this, complete or pruned, are suggested again; and with
+# fewer complete trials than that, nothing is said about the importance of parameters.
+ENOUGH, MANY = 3, 10
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:
@@ -36,7 +37,7 @@ def shown(params: dict[str, Any]) -> str:
 def importances(study: optuna.Study) -> dict[str, float]:
     """Returns how much of the variance each parameter explains (PED-ANOVA)."""
     trials = finished(study)
-    if len(trials) < 4:
+    if len(trials) < MANY:
         return {}
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
     copy = optuna.create_study()
@@ -50,16 +51,21 @@ def next_steps(study: optuna.Study) -> list[str]:
     if not trials:
         return ["Search for longer: no trial was completed."]
     best, found = trials[0], []
+    states = (TrialState.COMPLETE, TrialState.PRUNED)
+    tried = study.get_trials(deepcopy=False, states=states)
     for name, space in best.distributions.items():
         value = best.params[name]
         if isinstance(space, CategoricalDistribution):
-            for choice in space.choices:
-                count = sum(trial.params.get(name) == choice for trial in trials)
-                if count < ENOUGH:
-                    found.append(
-                        f"Try {name} {choice} again: only {count} of the complete "
-                        "trials have it."
-                    )
+            counts = {
+                choice: sum(trial.params.get(name) == choice for trial in tried)
+                for choice in space.choices
+            }
+            few = [f"{k} ({n})" for k, n in counts.items() if n < ENOUGH]
+            if few:
+                found.append(
+                    f"Search for longer: of {len(tried)} trials, few had {name} "
+                    f"{', '.join(few)}."
+                )
             continue
         low, high = space.low, space.high  # type: ignore
         span = math.log(high / low) if space.log else high - low  # type: ignore
@@ -103,7 +109,7 @@ def plot(study: optuna.Study, path: Path) -> None:
         values = trial.intermediate_values
         pruned = trial.state == TrialState.PRUNED
         color, width = ("0.7", 0.8) if pruned else ("C0", 1.0)
-        curves.plot([*values], [*values.values()], color=color, linewidth=width)
+        curves.plot(*zip(*values.items(), strict=True), ".-", color=color, lw=width)
     curves.set(xlabel="step (grey: pruned)", ylabel="validation loss")
     names = sorted({trial.params["method"] for trial in trials})
     for place, name in enumerate(names):
