@@ -18,6 +18,8 @@ from benchmarks import (
     preconditioners,
     step_time,
 )
+from benchmarks.convergence import claims_report, report
+from benchmarks.convergence.run import read
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -107,6 +109,13 @@ def test_the_tables_of_the_docs_are_those_of_the_raw_results():
     square, two, four = (f"{ratio:.2f}" for ratio in ratios.values())
     assert f"{square} (square), {two} (2:1) and {four} (4:1)" in page
     assert nanogpt_stages.table(results / "nanogpt_stages_2026-11-24.json") in text
+    page = (ROOT / "docs" / "convergence.md").read_text()
+    runs = read(results / "convergence_tiny-250.jsonl")
+    seconds = json.loads((results / "convergence_seconds.json").read_text())["arms"]
+    each = {arm: measured["seconds"] for arm, measured in seconds.items()}
+    assert report.table(runs, each) in page
+    runs = read(results / "convergence_dynamics.jsonl")
+    assert claims_report.table(claims_report.answers_of(runs)) in page
     sweep = results / "nanogpt_preconditioners_2026-11-22.json"
     assert nanogpt_sweep.table(sweep) in text
     seconds = results / "nanogpt_seconds_2026-11-22.json"
