@@ -1,6 +1,7 @@
 """Configures JAX for the tests: eight devices, and no silent rank promotion."""
 
 import atexit
+import itertools
 import os
 import shutil
 import tempfile
@@ -28,6 +29,7 @@ FLAG = "jax_disable_most_optimizations"
 if FLAG.upper() not in os.environ:
     jax.config.update(FLAG, True)
 DISABLED = jax.config.read(FLAG)
+TESTS = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +41,13 @@ def optimizations(request):
         jax.clear_caches()  # The flag is not part of their keys.
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def few_programs():
-    """Drops compiled programs after each module.
+    """Drops compiled programs after every hundredth test.
 
     Each has several memory mappings, of which Linux grants a process 65,530 by default;
     compiling one more then ends the process. What is needed again is on disk.
     """
     yield
-    jax.clear_caches()
+    if next(TESTS) % 100 == 0:
+        jax.clear_caches()
