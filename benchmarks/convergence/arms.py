@@ -193,7 +193,7 @@ def record(values: Values, config: Config) -> Stage:
         rate = jnp.minimum(1.0, 1.659e-4 * remaining(count))
         return jnp.where(on, 0.3 * rate, 0.0)
 
-    auxiliary = optax.adamw(train.schedule(config.aux_lr, config), b1=0.9, b2=0.95)
+    auxiliary = optax.adamw(train.schedule(config.aux_lr, config))
     matrices = om.track3(learning_rate, momentum=momentum, auxiliary=auxiliary)
     tail = round(config.steps * 2400 / RECORD_STEPS)
     return om.tail_average(om.ema_lookahead(matrices, strength), start=tail)

@@ -38,7 +38,7 @@ from benchmarks.convergence.run import ONE_THREAD, fit
 from examples.nanogpt import configs
 
 VALIDATIONS = 5
-# Muon; and the chain of fewest products that a pilot study found to be no worse.
+# Muon at a fixed RMS, and `halley_muon`.
 FIRST: tuple[dict[str, Any], ...] = (
     {
         **{"learning_rate": 0.024, "forget": 0.15, "entry variance": False},
