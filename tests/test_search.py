@@ -109,15 +109,14 @@ def test_no_trial_begins_that_would_end_after_the_budget(
     tmp_path, config, monkeypatch, capsys
 ):
     def slow(trial, config, out):
-        time.sleep(0.2)
+        time.sleep(0.4)
         return trial.suggest_float("x", 0, 1)
 
     monkeypatch.setattr(search, "objective", slow)
-    begin = time.time()
-    search.work(config, tmp_path, begin + 1.5, seed=0)
-    assert time.time() < begin + 1.9
+    search.work(config, tmp_path, time.time() + 1.0, seed=0)
     said = capsys.readouterr().out.splitlines()
-    assert 2 <= len(said) == len(search.study_of(tmp_path).trials)
+    # After two of them less than 0.2 s are left, however slow the machine is.
+    assert 1 <= len(said) <= 2 and len(said) == len(search.study_of(tmp_path).trials)
     assert "trial 0 complete at" in said[0] and "minutes left" in said[0]
 
 
