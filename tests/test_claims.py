@@ -5,9 +5,10 @@ import json
 
 import jax
 import numpy as np
+import optax
 import pytest
 
-from benchmarks.convergence import claims, claims_report
+from benchmarks.convergence import claims, claims_plots, claims_report
 from benchmarks.trial import Trial
 from examples.nanogpt import configs, train
 
@@ -62,7 +63,9 @@ def test_studies_are_continued(tmp_path, monkeypatch):
         return {"study": study, **job, "loss": 1.0, "points": [{"step": 0}]}
 
     monkeypatch.setattr(claims, "do", pretended)
-    for study, count in (("dynamics", 15), ("rates", 30)):
+    counts = {"dynamics": 15, "flattening": 3, "rates": 30, "transfer": 525}
+    assert counts.keys() == set(claims.STUDIES)
+    for study, count in counts.items():
         path = tmp_path / f"{study}.jsonl"
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             said = list(claims.run_all(study, path, pool))
@@ -77,10 +80,40 @@ def test_studies_are_continued(tmp_path, monkeypatch):
         )
 
 
+def test_flattening_is_that_of_its_formulas(fields):
+    config = configs.resolve(configs.dataclasses.replace(configs.TINY, **fields))
+    arm = claims.ARMS["muon"]
+    trial = Trial(config, arm.make(arm.start, config))
+    assert claims.flatten(trial)["step"] == 0
+
+    def matrices(tree):
+        leaves = jax.tree.leaves(tree["blocks"])
+        return [np.asarray(x, np.float64) for x in leaves if x.ndim == 2]
+
+    first = optax.tree.get(trial.state.optimizer, "momentum")
+    m, g = matrices(first), matrices(trial.gradient())
+    got = claims.flatten(trial)
+    # Nesterov's momentum: what the next update orthogonalizes.
+    moved = [0.95 * m + 0.05 * g for m, g in zip(m, g, strict=True)]
+    ahead = [0.95 * m + 0.05 * g for m, g in zip(moved, g, strict=True)]
+    for name, arrays in (("gradient", g), ("momentum", ahead)):
+        for steps in (0, 3, 5):
+            sigmas = []
+            for x in arrays:
+                sigma = np.linalg.svd(x / np.linalg.norm(x), compute_uv=False)
+                for _ in range(steps):
+                    sigma = 3.4445 * sigma - 4.7750 * sigma**3 + 2.0315 * sigma**5
+                sigmas.append(sigma)
+            share = np.mean(np.abs(np.concatenate(sigmas) - 1) <= 0.5)
+            # One value of 16 in six matrices may be on the other side of a limit.
+            np.testing.assert_allclose(got[name][steps], share, atol=1.01 / 96)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("study", claims.STUDIES)
 def test_every_study_trains(study, fields):
-    job = next(job for job in claims.jobs_of(study) if job["arm"] == "muonh")
+    jobs = claims.jobs_of(study)
+    job = next((job for job in jobs if job["arm"] == "muonh"), jobs[0])
     got = claims.do(study, job, fields)
     json.dumps(got, allow_nan=False)
     assert 4 < got["loss"] < 7 and job.items() <= got.items()
@@ -88,6 +121,20 @@ def test_every_study_trains(study, fields):
         assert [point["step"] for point in got["points"]] == [0]
         # A hyperball step has the length of its learning rate.
         np.testing.assert_allclose(got["points"][0]["relative_step"], 0.06, rtol=0.01)
+
+
+def test_the_size_of_a_model_is_that_of_its_job(fields, monkeypatch):
+    seen = []
+
+    def pretended(config, optimizer, every):
+        seen.append((config.width, config.layers, config.seed, config.steps, every))
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(claims, "fit", pretended)
+    jobs = claims.jobs_of("transfer")
+    for job in (jobs[0], jobs[-1]):
+        claims.do("transfer", job, {"data": fields["data"]})
+    assert seen == [(64, 1, 1, 50, 50), (64, 8, 3, 50, 50)]
 
 
 # --------------------------------------------------------------------- answers
@@ -137,7 +184,7 @@ def test_answers_are_those_of_known_runs(tmp_path):
         for place, (arm, kind) in enumerate(known.items())
         for turn in range(3)
     ]
-    answers = claims_report.answers_of(runs)
+    answers = claims_report.dynamics_of(runs)
     assert [answer.answer for answer in answers] == [
         *("no", "yes"),
         *("yes", "yes"),
@@ -149,7 +196,7 @@ def test_answers_are_those_of_known_runs(tmp_path):
     # Differences are of the same seed, so that what seeds have in common cancels.
     assert float(answers[5].measured.split(" ± ")[1]) < 1e-6
     assert claims_report.table(answers).count("\n") == len(answers) + 1
-    claims_report.plot(runs, tmp_path / "plot.png")
+    claims_plots.dynamics(runs, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
@@ -166,3 +213,61 @@ def test_rates_are_paired_by_place_and_seed():
     assert [answer.answer for answer in answers] == ["yes", "yes", "yes", "undecided"]
     assert "| 0.01 | 0.015 | 1.520 | 1.320 | -0.200 |" in text
     assert text.count("\n") == 6 and "inf" in text
+
+
+def test_shares_are_means_over_a_run():
+    shares = [[0.0, 0.1, 0.4, 0.7, 0.9, 0.95], [0.0, 0.1, 0.4, 0.9, 1.0, 0.97]]
+    points = [{"momentum": share, "gradient": share[::-1]} for share in shares]
+    answers = claims_report.flattening_of([{"points": points}] * 3)
+    assert [answer.answer for answer in answers] == ["yes", "no", "yes", "no"]
+    means = [answer.measured.split(" ± ")[0] for answer in answers]
+    assert means == ["0.96", "0", "0.8", "0.4"]
+
+
+def test_the_best_rate_is_the_minimum_of_a_parabola():
+    rates = [0.01 * 2.0**k for k in range(5)]
+    losses = {rate: (np.log2(rate) - np.log2(0.05)) ** 2 for rate in rates}
+    assert claims_report.best_rate(losses) == pytest.approx(np.log2(0.05))
+    assert claims_report.best_rate({0.1: 1.0, 0.2: 2.0, 0.4: 3.0}) == -np.inf
+    assert claims_report.best_rate({0.1: 3.0, 0.2: 2.0, 0.4: 1.0}) == np.inf
+    diverged = {0.125: 3.0, 0.25: 2.0, 0.5: np.inf}
+    assert claims_report.best_rate(diverged) == -2
+
+
+def test_transfer_is_the_movement_of_the_best_rate():
+    def octaves(job):
+        """By how many octaves the best rate of a model is below the base rate."""
+        wide, deep = np.log2(job["width"] / 64), np.log2(job["layers"])
+        slopes = {"adamw": (0.5, 0.0), "muonh": (0.0, 0.0), "muon_rms": (0.1, 9.0)}
+        by_width, by_depth = slopes.get(job["arm"], (0.0, 0.3))
+        return by_width * wide + by_depth * deep
+
+    runs = []
+    for job in claims.jobs_of("transfer"):
+        start = claims.TRANSFERRED[job["arm"]].start["learning_rate"]
+        place = np.log2(job["learning_rate"] / start) + octaves(job)
+        runs.append({**job, "loss": 2 + (place - 1e-3 * job["seed"]) ** 2})
+    text, answers = claims_report.transfer_of(runs)
+    found = {answer.number: answer for answer in answers}
+    assert len(found) == 10
+    adamw = found["octaves from 64 to 512, adamw"]
+    assert adamw.answer == "no" and adamw.measured.startswith("-1.5 ±")
+    assert found["octaves from 64 to 512, muonh"].answer == "yes"
+    assert found["octaves from 64 to 512, muon_rms"].answer == "yes"
+    assert found["octaves from 1 to 8, muon_mup"].measured.startswith("-0.9 ±")
+    # A best rate at the end of what was tried is not known.
+    assert found["octaves from 1 to 8, muon_rms"].answer == "undecided"
+    assert "| adamw | 0.008 | 0.0057 | 0.004 | 0.0028 | 0.008 |" in text
+    assert "| lower |" in text
+
+
+def test_every_study_has_a_plot(tmp_path):
+    runs = {study: [] for study in ("flattening", "rates", "transfer")}
+    for study, done in runs.items():
+        for job in claims.jobs_of(study):
+            points = [{"momentum": [0.5] * 6, "gradient": [0.2] * 6}]
+            done.append({"study": study, **job, "loss": 1.0, "points": points})
+        path = tmp_path / f"{study}.png"
+        getattr(claims_plots, study)(done, path)
+        assert path.stat().st_size > 1000
+    assert {*runs, "dynamics"} == claims_report.ANSWERS.keys() == set(claims.STUDIES)

@@ -115,7 +115,7 @@ def test_the_tables_of_the_docs_are_those_of_the_raw_results():
     each = {arm: measured["seconds"] for arm, measured in seconds.items()}
     assert report.table(runs, each) in page
     runs = read(results / "convergence_dynamics.jsonl")
-    assert claims_report.table(claims_report.answers_of(runs)) in page
+    assert claims_report.table(claims_report.dynamics_of(runs)) in page
     sweep = results / "nanogpt_preconditioners_2026-11-22.json"
     assert nanogpt_sweep.table(sweep) in text
     seconds = results / "nanogpt_seconds_2026-11-22.json"

@@ -1,14 +1,15 @@
 """Trains what is needed to answer claims about optimizers, and measures on the way.
 
     python -m benchmarks.convergence.claims dynamics --out DYNAMICS.jsonl
-    python -m benchmarks.convergence.claims rates --out RATES.jsonl
 
 `dynamics` trains at a constant learning rate and records, every 25 steps and as means
 over the hidden matrices: the Frobenius norm of the weights, the relative length of a
 step, the spectral entropy and the participation ratio of the weights, and those of the
-gradient with the share of its five largest singular values in its energy. `rates`
-trains MuonW and MuonH at five learning rates with the usual schedule. Each line of a
-file is a run; the same command continues an existing file.
+gradient with the share of its five largest singular values in its energy. `flattening`
+does so with the share of singular values that 0 to 5 Newton-Schulz steps bring near 1.
+`rates` trains MuonW and MuonH at five learning rates with the usual schedule, and
+`transfer` five optimizers in short runs of models of four widths and four depths. Each
+line of a file is a run; the same command continues an existing file.
 """
 
 import argparse
@@ -19,12 +20,13 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 import optax_matrix as om
 from benchmarks.convergence.arms import Arm, named
@@ -43,7 +45,28 @@ ARMS: Mapping[str, Arm] = {
     "muonh": named("muonh", {"learning_rate": 0.06}),
     "spectral_sphere": named("spectral_sphere", {"learning_rate": 0.1}),
 }
-FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the learning rates, in `rates`
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the learning rates
+
+
+def short(optimizer: str, learning_rate: float, **fixed: Any) -> Arm:
+    """Returns an arm of `transfer`, whose runs are too short for long memories."""
+    decay = {"b2": 0.95} if optimizer == "adamw" else {"momentum": 0.85}
+    return named(optimizer, {"learning_rate": learning_rate}, fixed={**decay, **fixed})
+
+
+# Learning rates of matrices of 256 x 256 or so; AdamW's is for all parameters.
+TRANSFERRED: Mapping[str, Arm] = {
+    "adamw": short("adamw", 8e-3, weight_decay=0.0),
+    "muon_spectral": short("muon", 0.04, shape_scale="spectral"),
+    "muon_mup": short("muon", 0.04, shape_scale="mup"),
+    "muon_rms": short("muon", 0.015, shape_scale="rms"),
+    "muonh": short("muonh", 0.06),
+}
+SHORT = {"steps": 50, "batch_size": 8, "val_windows": 256}
+SIZES = [
+    *({"width": width, "layers": 1} for width in (64, 128, 256, 512)),
+    *({"width": 64, "layers": layers} for layers in (2, 4, 8)),
+]
 Job = dict[str, Any]
 
 
@@ -51,11 +74,16 @@ def jobs_of(study: str) -> list[Job]:
     """Returns the runs of a study."""
     if study == "dynamics":
         return [{"arm": arm, "seed": seed} for arm in ARMS for seed in SEEDS]
-    rates = {arm: ARMS[arm].start["learning_rate"] for arm in ("muonw", "muonh")}
+    if study == "flattening":
+        return [{"arm": "muon", "seed": seed} for seed in SEEDS]
+    arms, sizes = TRANSFERRED, SIZES
+    if study == "rates":
+        arms, sizes = {arm: ARMS[arm] for arm in ("muonw", "muonh")}, [{}]
     return [
-        {"arm": arm, "seed": seed, "learning_rate": float(f"{factor * rate:.4g}")}
-        for factor in FACTORS
-        for arm, rate in rates.items()
+        {"arm": name, **size, "seed": seed, "learning_rate": float(f"{rate:.4g}")}
+        for size in sizes
+        for name, arm in arms.items()
+        for rate in (arm.start["learning_rate"] * factor for factor in FACTORS)
         for seed in SEEDS
     ]
 
@@ -100,13 +128,46 @@ def measure(trial: Trial) -> dict[str, Any]:
     }
 
 
-def dynamics(job: Job, config: configs.Config) -> dict[str, Any]:
-    """Trains at a constant rate and measures."""
+def near_one(matrices: list[jax.Array]) -> list[float]:
+    """Returns the share of singular values in [1/2, 3/2] after 0 to 5 Jordan steps.
+
+    The matrices are divided by their Frobenius norm first, as by Newton-Schulz.
+    """
+
+    def share(steps: int) -> float:
+        polar = om.NewtonSchulz(steps, precision="highest").polar if steps else _unit
+        sigmas = [om.diagnostics.singular_values(polar(x)) for x in matrices]
+        return mean([jnp.abs(sigma - 1) <= 0.5 for sigma in sigmas])
+
+    return [share(steps) for steps in range(6)]
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x / jnp.linalg.norm(x)
+
+
+def flatten(trial: Trial) -> dict[str, Any]:
+    """Measures what Newton-Schulz steps make of the next update, then takes it."""
+    beta = 0.95  # Muon's default
+    gradient = hidden(trial.gradient())
+    momentum = hidden(optax.tree.get(trial.state.optimizer, "momentum"))
+    pairs = list(zip(momentum, gradient, strict=True))
+    moved = [beta * m + (1 - beta) * g for m, g in pairs]
+    ahead = [beta * m + (1 - beta) * g for m, g in zip(moved, gradient, strict=True)]
+    point = {"step": trial.count, "gradient": near_one(gradient)}
+    trial.advance(1)
+    return {**point, "momentum": near_one(ahead)}
+
+
+def over_steps(
+    job: Job, config: configs.Config, take: Callable[[Trial], dict[str, Any]]
+) -> dict[str, Any]:
+    """Trains at a constant rate; `take` measures and takes one step of every 25."""
     config = dataclasses.replace(config, cooldown=0.0)
     arm = ARMS[job["arm"]]
     trial, points = Trial(config, arm.make(arm.start, config)), []
     while trial.count < config.steps:
-        point = measure(trial)
+        point = take(trial)
         trial.advance(min(EVERY, config.steps - point["step"]) - 1)
         points.append(point)
     return {
@@ -115,22 +176,24 @@ def dynamics(job: Job, config: configs.Config) -> dict[str, Any]:
     }
 
 
-def rates(job: Job, config: configs.Config) -> dict[str, Any]:
-    """Trains at the rate of a job with the usual schedule."""
-    values = {"learning_rate": job["learning_rate"]}
-    return fit(config, ARMS[job["arm"]].make(values, config), config.steps)
-
-
-STUDIES = {"dynamics": dynamics, "rates": rates}
+STUDIES = ("dynamics", "flattening", "rates", "transfer")
 
 
 def do(study: str, job: Job, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Does one run."""
-    config = dataclasses.replace(
-        configs.TINY, **{"steps": STEPS, "val_windows": 1024, **fields}
-    )
-    config = configs.resolve(dataclasses.replace(config, seed=job["seed"]))
-    return {"study": study, **job, **STUDIES[study](job, config)}
+    basic = SHORT if study == "transfer" else {"steps": STEPS, "val_windows": 1024}
+    size = {name: job[name] for name in ("width", "layers") if name in job}
+    all_fields = {**basic, **size, "seed": job["seed"], **fields}
+    config = configs.resolve(dataclasses.replace(configs.TINY, **all_fields))
+    if study == "dynamics":
+        found = over_steps(job, config, measure)
+    elif study == "flattening":
+        found = over_steps(job, config, flatten)
+    else:
+        arm = (TRANSFERRED if study == "transfer" else ARMS)[job["arm"]]
+        values = {"learning_rate": job["learning_rate"]}
+        found = fit(config, arm.make(values, config), config.steps)
+    return {"study": study, **job, **found}
 
 
 def run_all(
@@ -153,10 +216,10 @@ def run_all(
         with path.open("a") as file:
             file.write(json.dumps(run) + "\n")
         left = (time.perf_counter() - begin) / done * (len(jobs) - done) / 60
-        rate = f" at {run['learning_rate']}" if "learning_rate" in run else ""
+        names = ("arm", "width", "layers", "learning_rate", "seed")
+        what = ", ".join(f"{name} {run[name]}" for name in names if name in run)
         yield (
-            f"[{done}/{len(jobs)}] {run['arm']}{rate}, seed {run['seed']}: "
-            f"{run['loss']}; about {left:.0f} minutes left"
+            f"[{done}/{len(jobs)}] {what}: {run['loss']}; about {left:.0f} minutes left"
         )
 
 

@@ -1,23 +1,22 @@
 """Answers claims about optimizers from the runs of claims.py.
 
-    python -m benchmarks.convergence.claims_report DYNAMICS.jsonl [RATES.jsonl]
-    python -m benchmarks.convergence.claims_report DYNAMICS.jsonl --plot PLOT.png
+    python -m benchmarks.convergence.claims_report RUNS.jsonl ... [--plots FOLDER]
 
-Every claim is put as a range for a number that each seed has. It is answered "yes" if
-the 95 % interval of the mean over the seeds (Student's t) is inside the range, "no" if
-it is outside, and "undecided" otherwise.
+The files may be those of any studies. Every claim is put as a range for a number that
+each seed has. It is answered "yes" if the 95 % interval of the mean over the seeds
+(Student's t) is inside the range, "no" if it is outside, and "undecided" otherwise.
 """
 
 import argparse
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from benchmarks.convergence import claims_plots
 from benchmarks.convergence.evidence import interval
 from benchmarks.convergence.run import Run, loss_of, read
 
@@ -81,7 +80,7 @@ def slowing(run: Run) -> float:
     return points[-1]["relative_step"] / points[1]["relative_step"]
 
 
-def answers_of(runs: Sequence[Run]) -> list[Answer]:
+def dynamics_of(runs: Sequence[Run]) -> list[Answer]:
     """Returns the answers from the runs of `dynamics`."""
     runs = sorted(runs, key=lambda run: run["seed"])
 
@@ -179,6 +178,90 @@ def rates_of(runs: Sequence[Run]) -> tuple[str, list[Answer]]:
     return "\n".join(lines), answers
 
 
+def flattening_of(runs: Sequence[Run]) -> list[Answer]:
+    """Returns the answers from the runs of `flattening`."""
+
+    def share(of: str, steps: int) -> list[float]:
+        """The share of singular values near 1, over all points of a run."""
+        return [
+            statistics.mean(point[of][steps] for point in run["points"]) for run in runs
+        ]
+
+    five, three = "Five Newton-Schulz steps flatten a spectrum", "Three nearly do"
+    number = "share of singular values in [0.5, 1.5]"
+    return [
+        judge(five, f"{number}, momentum", share("momentum", 5), low=0.9),
+        judge(five, "the same, gradient", share("gradient", 5), low=0.9),
+        judge(three, f"{number}, momentum", share("momentum", 3), low=0.75),
+        judge(three, "the same, gradient", share("gradient", 3), low=0.75),
+    ]
+
+
+def best_rate(losses: Mapping[float, float]) -> float:
+    """Returns the logarithm to base 2 of the best learning rate.
+
+    It is the minimum of the parabola through the best of equally spaced rates and its
+    neighbours; infinite, with the sign of the direction, if the best is at an end.
+    """
+    rates = sorted(losses)
+    place = min(range(len(rates)), key=lambda i: losses[rates[i]])
+    if place in (0, len(rates) - 1):
+        return math.inf if place else -math.inf
+    below, least, above = (losses[rates[place + i]] for i in (-1, 0, 1))
+    if math.inf in (below, above):
+        return math.log2(rates[place])
+    shift = (below - above) / (below - 2 * least + above) / 2
+    return math.log2(rates[place]) + shift * math.log2(rates[1] / rates[0])
+
+
+def transfer_of(runs: Sequence[Run]) -> tuple[str, list[Answer]]:
+    """Returns a table of best rates, and the answers, from the runs of `transfer`."""
+    arms, seeds = (list(dict.fromkeys(run[k] for run in runs)) for k in ("arm", "seed"))
+    axes = {"width": [64, 128, 256, 512], "layers": [1, 2, 4, 8]}
+
+    def best(arm: str, seed: int, axis: str, size: int) -> float:
+        model = {"width": 64, "layers": 1, axis: size, "arm": arm, "seed": seed}
+        mine = [run for run in runs if model.items() <= run.items()]
+        return best_rate({run["learning_rate"]: loss_of(run) for run in mine})
+
+    def octaves(axis: str, rates: np.ndarray) -> list[float]:
+        """By how many octaves the best rate moves, by least squares, for each seed."""
+        sizes = np.log2(axes[axis])
+        slopes = np.polyfit(sizes, rates.T, 1)[0] * (sizes[-1] - sizes[0])
+        return [float(slope) for slope in slopes]
+
+    found = {
+        (axis, arm): np.array([[best(arm, s, axis, n) for n in sizes] for s in seeds])
+        for axis, sizes in axes.items()
+        for arm in arms
+    }
+    heads = ["arm", *(f"{axis} {n}" for axis, sizes in axes.items() for n in sizes)]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for arm in arms:
+        cells = [_rate(each) for axis in axes for each in found[axis, arm].T]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    answers = [
+        judge(
+            f"The best learning rate does not depend on the {NAMES[axis]}",
+            f"octaves from {axes[axis][0]} to {axes[axis][-1]}, {arm}",
+            octaves(axis, rates) if np.isfinite(rates).all() else [math.nan],
+            *(-0.5, 0.5),
+        )
+        for (axis, arm), rates in found.items()
+    ]
+    return "\n".join(lines), answers
+
+
+NAMES = {"width": "width", "layers": "number of layers"}
+
+
+def _rate(logarithms: np.ndarray) -> str:
+    """Returns the geometric mean of rates, or in which direction one was not found."""
+    if np.isfinite(logarithms).all():
+        return f"{2 ** logarithms.mean():.2g}"
+    return "higher" if logarithms.max() == math.inf else "lower"
+
+
 def table(answers: Sequence[Answer]) -> str:
     """Returns answers as Markdown."""
     heads = ["claim", "number", "measured", "claimed", "answer"]
@@ -186,53 +269,31 @@ def table(answers: Sequence[Answer]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(answer)} |" for answer in answers)])
 
 
-def plot(runs: Sequence[Run], path: Path) -> None:
-    """Plots norm, relative step, entropy and participation ratio over the steps."""
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    measures = {
-        "Frobenius norm of the weights": lambda point: point["norm"],
-        "relative step": lambda point: point["relative_step"],
-        "spectral entropy over its maximum": lambda point: point["weights"]["entropy"],
-        "participation ratio over its maximum": lambda point: point["weights"][
-            "participation"
-        ],
-    }
-    arms = list(dict.fromkeys(run["arm"] for run in runs))
-    for axes, (title, of) in zip(figure.subplots(1, 4), measures.items(), strict=True):
-        for run in runs:
-            first = next(r for r in runs if r["arm"] == run["arm"]) is run
-            axes.plot(
-                [point["step"] for point in run["points"]],
-                [of(point) for point in run["points"]],
-                color=f"C{arms.index(run['arm'])}",
-                label=run["arm"] if first else None,
-                linewidth=1,
-            )
-        axes.set(title=title, xlabel="step")
-        axes.title.set_fontsize(9)
-    figure.axes[0].legend(fontsize=7)
-    figure.axes[1].set_yscale("log")
-    figure.savefig(path, dpi=130)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("dynamics", type=Path)
-    parser.add_argument("rates", type=Path, nargs="?")
-    parser.add_argument("--plot", type=Path, help="write a plot instead")
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--plots", type=Path, help="write plots into this folder too")
     given = parser.parse_args()
-    runs = read(given.dynamics)
-    if given.plot:
-        plot(runs, given.plot)
-        return
-    answers = answers_of(runs)
-    if given.rates:
-        losses, more = rates_of(read(given.rates))
-        print(losses, end="\n\n")
-        answers = more + answers
-    print(table(answers))
+    studies: dict[str, list[Run]] = {}
+    for run in (run for path in given.runs for run in read(path)):
+        studies.setdefault(run["study"], []).append(run)
+    for study, runs in studies.items():
+        found = ANSWERS[study](runs)
+        losses, answers = found if isinstance(found, tuple) else ("", found)
+        print(f"{study}\n\n{losses}\n\n{table(answers)}\n")
+        if given.plots:
+            plot = getattr(claims_plots, study)
+            plot(runs, given.plots / f"convergence_{study}.png")
+
+
+ANSWERS = {
+    "dynamics": dynamics_of,
+    "flattening": flattening_of,
+    "rates": rates_of,
+    "transfer": transfer_of,
+}
 
 
 if __name__ == "__main__":
