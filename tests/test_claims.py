@@ -257,7 +257,7 @@ def test_transfer_is_the_movement_of_the_best_rate():
     assert found["octaves from 1 to 8, muon_mup"].measured.startswith("-0.9 ±")
     # A best rate at the end of what was tried is not known.
     assert found["octaves from 1 to 8, muon_rms"].answer == "undecided"
-    assert "| adamw | 0.008 | 0.0057 | 0.004 | 0.0028 | 0.008 |" in text
+    assert "| adamw | 0.006 | 0.0042 | 0.003 | 0.0021 | 0.006 |" in text
     assert "| lower |" in text
 
 

@@ -54,13 +54,12 @@ def short(optimizer: str, learning_rate: float, **fixed: Any) -> Arm:
     return named(optimizer, {"learning_rate": learning_rate}, fixed={**decay, **fixed})
 
 
-# Learning rates of matrices of 256 x 256 or so; AdamW's is for all parameters.
 TRANSFERRED: Mapping[str, Arm] = {
-    "adamw": short("adamw", 8e-3, weight_decay=0.0),
-    "muon_spectral": short("muon", 0.04, shape_scale="spectral"),
-    "muon_mup": short("muon", 0.04, shape_scale="mup"),
-    "muon_rms": short("muon", 0.015, shape_scale="rms"),
-    "muonh": short("muonh", 0.06),
+    "adamw": short("adamw", 6e-3, weight_decay=0.0),
+    "muon_spectral": short("muon", 0.06, shape_scale="spectral"),
+    "muon_mup": short("muon", 0.06, shape_scale="mup"),
+    "muon_rms": short("muon", 0.02, shape_scale="rms"),
+    "muonh": short("muonh", 0.1),
 }
 SHORT = {"steps": 50, "batch_size": 8, "val_windows": 256}
 SIZES = [
