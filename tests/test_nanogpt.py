@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pydoc
-import re
 import signal
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 import optax_matrix as om
-from benchmarks import nanogpt_sweep
 from examples.nanogpt import (
     checkpoint,
     configs,
@@ -499,12 +497,6 @@ def test_settings_cannot_replace_the_learning_rate():
     config = dataclasses.replace(SMALL, settings={"learning_rate": 0.1})
     with pytest.raises(TypeError, match="multiple values for argument 'learning_rate'"):
         train.make_optimizer(config)
-
-
-def test_the_table_is_that_of_the_raw_results():
-    page = ROOT / "examples" / "nanogpt" / "README.md"
-    (path,) = set(re.findall(r"\((\S+/results/nanogpt\S+?\.json)\)", page.read_text()))
-    assert nanogpt_sweep.table(page.parent / path) in page.read_text()
 
 
 # ------------------------------------------------------------ damaged checkpoints

@@ -11,9 +11,7 @@ import pytest
 
 from benchmarks import (
     collectives,
-    nanogpt_seconds,
     nanogpt_stages,
-    nanogpt_sweep,
     polar_methods,
     preconditioners,
     step_time,
@@ -116,7 +114,3 @@ def test_the_tables_of_the_docs_are_those_of_the_raw_results():
     assert report.table(runs, each) in page
     runs = read(results / "convergence_dynamics.jsonl")
     assert claims_report.table(claims_report.dynamics_of(runs)) in page
-    sweep = results / "nanogpt_preconditioners_2026-11-22.json"
-    assert nanogpt_sweep.table(sweep) in text
-    seconds = results / "nanogpt_seconds_2026-11-22.json"
-    assert nanogpt_seconds.table(sweep, seconds) in text
