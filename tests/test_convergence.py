@@ -272,6 +272,28 @@ def test_a_bench_runs_resumes_and_reports(tmp_path, protocol, monkeypatch, capsy
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
+def test_a_protocol_can_start_all_arms_at_the_same_values(
+    tmp_path, protocol, monkeypatch
+):
+    monkeypatch.setattr(run, "train", pretended)
+    protocol["start"] = {"learning_rate": 0.05, "momentum": 0.79}  # the best ones
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        bench = run.Bench("test", ["muon", "halley"], tmp_path / "runs.jsonl")
+        bench.run(pool, 1)
+    for arm in ("muon", "halley"):
+        rates = [
+            r["values"]["learning_rate"] for r in run.of(bench.runs, arm, "search")
+        ]
+        assert rates == [0.05, 0.1, 0.025]
+    # A value that was not varied is not at the end of what was tried.
+    assert [row.edge for row in report.rows_of(bench.runs)] == [[], []]
+    protocol["trials"] = 0
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        bench = run.Bench("test", ["muon"], tmp_path / "others.jsonl")
+        bench.run(pool, 1)
+    assert [each["values"] for each in bench.runs] == [protocol["start"]] * 2
+
+
 def test_training_is_that_of_the_example(protocol):
     """The same values, seed and data give the losses of `train.train`."""
     values = {"learning_rate": 0.02, "momentum": 0.9}

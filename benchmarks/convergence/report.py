@@ -27,7 +27,7 @@ class Row(NamedTuple):
     Attributes:
       arm: Its name.
       values: The values of the best trial.
-      edge: Those of them at the end of what was tried.
+      edge: Those of them at the end of what was tried, if more than one was.
       losses: The losses by seed.
       against: The difference from the baseline; None if it has no final runs.
       steps: The steps to the target by seed; None for runs that do not get there.
@@ -59,7 +59,8 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
             continue
         values = of(runs, arm, "final")[0]["values"]
         tried = {name: {run["values"][name] for run in trials} for name in values}
-        edge = [k for k, v in values.items() if v in (min(tried[k]), max(tried[k]))]
+        varied = {name: found for name, found in tried.items() if len(found) > 1}
+        edge = [k for k, v in varied.items() if values[k] in (min(v), max(v))]
         against = None
         if baseline:
             rule = {name: protocol[name] for name in ("confidence", "margin")}

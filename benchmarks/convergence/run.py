@@ -180,6 +180,7 @@ class Bench:
     def one_arm(self, pool: concurrent.futures.Executor, arm: str) -> None:
         """Does the runs of one arm that are missing."""
         protocol = self.protocol
+        start = protocol.get("start", ARMS[arm].start)
 
         def done(phase: str) -> list[Run]:
             with self.lock:
@@ -190,14 +191,14 @@ class Bench:
 
         while len(tried := done("search")) < protocol["trials"]:
             losses = [(each["values"], loss_of(each)) for each in tried]
-            values = tune.next_values(ARMS[arm].start, losses)
+            values = tune.next_values(start, losses)
             if values is None:
                 break
             run(values, protocol["search_seed"], "search")
         have = {each["seed"] for each in done("final")}
         for seed in protocol["seeds"]:
             if seed not in have:
-                run(best_of(done("search")) or ARMS[arm].start, seed, "final")
+                run(best_of(done("search")) or start, seed, "final")
 
     def run(self, pool: concurrent.futures.Executor, workers: int) -> None:
         """Does all runs that are missing.
