@@ -15,10 +15,10 @@ import jax
 import optax_matrix as om
 
 # Learning rates for `tiny` at the optimizers' default momenta, from a few short runs;
-# larger models need smaller ones. docs/convergence.md has tuned rates and momenta. Units
-# depend on the optimizer: a `muon` step has a spectral norm of about `lr`, an `adamw`
-# step changes each entry by about `lr`, and a `muonh` step rotates a matrix by about
-# `lr` radians.
+# larger models need smaller ones. Tuned rates and momenta are in docs/convergence.md.
+# Units depend on the optimizer: a `muon` step has a spectral norm of about `lr`, an
+# `adamw` step changes each entry by about `lr`, and a `muonh` step rotates a matrix by
+# about `lr` radians.
 LEARNING_RATES = {
     "sgd": 0.3,
     "momentum": 0.1,
