@@ -23,10 +23,14 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # beside XLA's, which slows both: see benchmarks/README.md.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: nanogpt search test test-lowest test-newest lint format wheel clean
+.PHONY: nanogpt rl search test test-lowest test-newest lint format wheel clean
 
 nanogpt: $(VENV)/.examples$(ACCELERATOR)
 	$(BIN)/python -m examples.nanogpt.train --config tiny $(ARGS)
+
+# Reinforcement learning with Adam and Hopper, in a few minutes: see examples/rl.
+rl: $(VENV)/.examples$(ACCELERATOR)
+	$(BIN)/python -m examples.rl.compare $(ARGS)
 
 # Ten minutes, and what to try next: see benchmarks/convergence/search.py.
 search: $(VENV)/.bench$(ACCELERATOR)

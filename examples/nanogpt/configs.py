@@ -1,18 +1,17 @@
 """Defines the settings of a run, three configurations and the command line."""
 
 import argparse
-import contextlib
 import dataclasses
 import inspect
-import json
 import math
-import typing
 from pathlib import Path
 from typing import Any
 
 import jax
 
 import optax_matrix as om
+from examples import flags
+from examples.flags import flag
 
 # Learning rates for `tiny` at the optimizers' default momenta, from a few short runs;
 # larger models need smaller ones. Tuned rates and momenta are in docs/convergence.md.
@@ -53,12 +52,6 @@ LEARNING_RATES = {
     "spectral_sphere": 0.1,
     "spel": 0.12,
 }
-
-
-def flag(default: Any, help: str) -> Any:
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=dict, metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -308,47 +301,15 @@ def parser() -> argparse.ArgumentParser:
         description="Trains a GPT with any optimizer of optax_matrix.",
         epilog="Defaults in brackets are those of `tiny`; `--config` changes them.",
     )
-    hints = typing.get_type_hints(Config)
     choices = {
         "config": PRESETS,
         "dtype": ("auto", "float32", "bfloat16"),
         "mesh_axes": ("auto", "explicit"),
         "optimizer": sorted(om.OPTIMIZERS),
     }
-    for field in dataclasses.fields(Config):
-        name, kind = "--" + field.name.replace("_", "-"), hints[field.name]
-        help, default = field.metadata["help"], getattr(TINY, field.name)
-        if default not in (None, False, "", (), {}):
-            help += f" ({default})"
-        options: dict[str, Any] = {"help": help.replace("%", "%%")}
-        options["default"] = "tiny" if field.name == "config" else argparse.SUPPRESS
-        if field.name in choices:
-            options["choices"] = choices[field.name]
-        if kind is bool:
-            options["action"] = "store_true"
-        elif kind == tuple[str, ...]:
-            options |= {"nargs": "*", "metavar": "FOLDER"}
-        elif kind == dict[str, Any]:
-            options |= {"type": _json_object, "metavar": "JSON"}
-        elif kind is not str:
-            # A flag of type `float | None` is parsed as a float.
-            options["type"] = kind if isinstance(kind, type) else _some(kind)
-        result.add_argument(name, **options)
+    flags.add(result, TINY, choices)
+    result.set_defaults(config="tiny")
     return result
-
-
-def _some(kind: Any) -> Any:
-    return next(k for k in typing.get_args(kind) if k is not type(None))
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    with contextlib.suppress(json.JSONDecodeError):
-        value = json.loads(text)
-        if isinstance(value, dict):
-            return value
-    raise argparse.ArgumentTypeError(
-        f"expected a JSON object such as '{{\"weight_decay\": 0.1}}', got {text!r}"
-    )
 
 
 def from_command_line(arguments: list[str] | None = None) -> Config:

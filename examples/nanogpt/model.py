@@ -30,8 +30,8 @@ def _normal(scale: float = 1.0) -> Callable:
     return nnx.initializers.variance_scaling(scale**2 / 3, "fan_in", "normal")
 
 
-def rotary(x: jax.Array) -> jax.Array:
-    """Rotates pairs of channels according to their position.
+def rotary(x: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+    """Rotates pairs of channels according to their position, from `first` on.
 
     Of the head_dim / 2 pairs, pair i is rotated by 1024^(-i / (head_dim / 4 - 1))
     radians per position if i < head_dim / 4; the other pairs are not rotated.
@@ -40,7 +40,7 @@ def rotary(x: jax.Array) -> jax.Array:
     turning = head_dim // 4
     frequency = (1 / 1024) ** jnp.linspace(0, 1, turning, dtype=jnp.float32)
     frequency = jnp.concatenate([frequency, jnp.zeros_like(frequency)])  # (K/2,)
-    angle = jnp.outer(jnp.arange(positions, dtype=jnp.float32), frequency)
+    angle = jnp.outer(first + jnp.arange(positions, dtype=jnp.float32), frequency)
     cos, sin = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # (B, T, H, K/2)
     turned = [first * cos + second * sin, second * cos - first * sin]
@@ -61,13 +61,22 @@ class Attention(nnx.Module):
         # Without gains, which would change the norm of queries and keys.
         self.unit = nnx.RMSNorm(head_dim, use_scale=False, dtype=dtype, rngs=rngs)
 
+    def heads(self, x: jax.Array, first: jax.Array | int = 0) -> list[jax.Array]:
+        """Returns q, k and v (B, T, H, K) of inputs whose first position is `first`."""
+        shape = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (f(x).reshape(shape) for f in (self.q, self.k, self.v))
+        return [rotary(self.unit(q), first), rotary(self.unit(k), first), v]
+
+    def attend(self, q, k, v, mask: jax.Array | None = None) -> jax.Array:
+        """Returns the outputs (B, T, D); without a mask, attention is causal."""
+        scale, causal = MAX_ATTENTION_LOGIT / self.head_dim, mask is None
+        y = jax.nn.dot_product_attention(
+            q, k, v, mask=mask, scale=scale, is_causal=causal
+        )
+        return self.o(y.reshape(*y.shape[:2], -1))
+
     def __call__(self, x: jax.Array) -> jax.Array:  # (B, T, D)
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (f(x).reshape(heads) for f in (self.q, self.k, self.v))
-        q, k = rotary(self.unit(q)), rotary(self.unit(k))  # (B, T, H, K)
-        scale = MAX_ATTENTION_LOGIT / self.head_dim
-        y = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True)
-        return self.o(y.reshape(x.shape))
+        return self.attend(*self.heads(x))
 
 
 class MLP(nnx.Module):
@@ -140,7 +149,11 @@ class GPT(nnx.Module):
         x = self.norm1(self.embed(tokens))  # (B, T, D)
         for block in self.blocks:
             x = block(x)
-        logits = self.head(self.norm2(x)).astype(jnp.float32)  # (B, T, V)
+        return self.logits(x)
+
+    def logits(self, x: jax.Array) -> jax.Array:  # (B, T, V)
+        """Returns the capped logits of what the last block returns."""
+        logits = self.head(self.norm2(x)).astype(jnp.float32)
         return LOGIT_CAP * logits * jax.lax.rsqrt(jnp.square(logits) + LOGIT_CAP**2)
 
 

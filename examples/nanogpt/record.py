@@ -82,10 +82,12 @@ class Record:
         resume: bool,
         overwrite: bool,
         writes: bool = True,
+        source: Path = HERE,
     ):
         """Opens a new record, or with `resume` the existing one.
 
-        Only one process `writes`; the others read the record of a resumed run.
+        Only one process `writes`; the others read the record of a resumed run. The
+        Python files of `source` are copied to the folder of a new one.
         """
         self.records: list[dict[str, Any]] = []
         self.tokenizer: str | None = None  # the tokenizer of a resumed run
@@ -116,7 +118,7 @@ class Record:
             shutil.rmtree(folder)
         if not self.records:
             (folder / "source").mkdir(parents=True, exist_ok=True)
-            for file in HERE.glob("*.py"):
+            for file in source.glob("*.py"):
                 shutil.copy(file, folder / "source")
 
     def check_same(self, config: dict[str, Any], data_sha256: str) -> None:

@@ -1,0 +1,102 @@
+"""Measures what a policy can do on held-out problems."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from examples.rl import policy, task
+from examples.rl.task import Grade, Problem
+
+CHUNK = 128  # responses at a time, so that one program serves all
+
+
+def respond(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    problems: Sequence[Problem],
+    keys: jax.Array | None = None,
+    temperature: float = 0.0,
+) -> list[str]:
+    """Returns one response per problem, without its end token.
+
+    A response without an end gets "…" at its end, which is not well-formed.
+
+    Args:
+      graph: The model without its parameters.
+      params: Its parameters.
+      problems: The problems.
+      keys: A key for each; None is for temperature 0.
+      temperature: 0 takes the most probable token.
+    """
+    prompts, count = task.prompts_of(problems), len(problems)
+    if keys is None:
+        keys = jax.random.split(jax.random.key(0), count)
+    texts = []
+    for begin in range(0, count, CHUNK):
+        # Problems are repeated to fill the last chunk.
+        place = np.arange(begin, begin + CHUNK) % count
+        given = prompts[place], keys[place], task.RESPONSE, temperature
+        tokens = np.asarray(policy.sample(graph, params, *given).tokens)
+        for row in tokens[: count - begin]:
+            text, ended = task.decode(row)
+            texts.append(text if ended else text + "…")
+    return texts
+
+
+def grade(response: str, problem: Problem) -> Grade:
+    """Grades a response of `respond`."""
+    return task.grade(response, not response.endswith("…"), problem.answer)
+
+
+def summary(by_kind: Mapping[str, float]) -> float:
+    """Returns the mean over kinds; the two parallel ones count as one."""
+    parallel = (by_kind["par_easy"] + by_kind["par_hard"]) / 2
+    others = [by_kind[k] for k in task.KINDS if not k.startswith("par")]
+    return float(np.mean([*others, parallel]))
+
+
+def greedy(
+    graph: nnx.GraphDef, params: nnx.State, problems: Sequence[Problem]
+) -> dict[str, Any]:
+    """Returns accuracy by kind and in all, and the share of nonsense, without noise."""
+    texts = respond(graph, params, problems)
+    grades = [grade(text, p) for text, p in zip(texts, problems, strict=True)]
+    by_kind = {
+        kind: float(np.mean([g.correct for g, p in _of(kind, grades, problems)]))
+        for kind in task.KINDS
+    }
+    nonsense = float(np.mean([g.nonsense for g in grades]))
+    return {"all": summary(by_kind), "by_kind": by_kind, "nonsense": nonsense}
+
+
+def _of(kind: str, grades: Sequence[Grade], problems: Sequence[Problem]):
+    pairs = zip(grades, problems, strict=True)
+    return [(g, p) for g, p in pairs if p.kind == kind]
+
+
+def sampled(
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    problems: Sequence[Problem],
+    *,
+    seed: int,
+    temperature: float,
+    k: int = 8,
+) -> dict[str, Any]:
+    """Returns pass@1 and pass@k by kind and in all, from k responses per problem."""
+    repeated = [problem for problem in problems for _ in range(k)]
+    keys = jax.random.split(jax.random.key(seed), len(repeated))
+    texts = respond(graph, params, repeated, keys, temperature)
+    correct = np.array(
+        [grade(t, p).correct for t, p in zip(texts, repeated, strict=True)]
+    ).reshape(-1, k)
+    kinds = np.array([problem.kind for problem in problems])
+    result = {}
+    rates = {"pass@1": correct.mean(1), f"pass@{k}": correct.max(1)}
+    for name, found in rates.items():
+        by_kind = {kind: float(found[kinds == kind].mean()) for kind in task.KINDS}
+        result[name] = {"all": summary(by_kind), "by_kind": by_kind}
+    return result
