@@ -73,8 +73,8 @@ def plot(
     path: Path,
 ) -> None:
     """Writes the card as a picture, with the accuracy during training."""
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    (bars, lines), (left, right) = figure.subplots(2, 2, height_ratios=(1, 1.3))
+    figure = Figure(figsize=(11, 6.2), layout="constrained")
+    (bars, lines), (left, right) = figure.subplots(2, 2, height_ratios=(1, 0.9))
     share = 0.8 / len(accuracy)
     for place, (name, found) in enumerate(accuracy.items()):
         heights = [*(found["by_kind"][kind] for kind in task.KINDS), found["all"]]
@@ -83,8 +83,8 @@ def plot(
         ]
         bars.bar(at, heights, share, label=name)
     bars.set_xticks(range(len(task.KINDS) + 1), [*task.KINDS, "all"], fontsize=8)
-    bars.set(ylim=(0, 1), title="share of test problems that are right")
-    bars.legend(fontsize=8)
+    bars.set(ylim=(0, 1.25), title="share of test problems that are right")
+    bars.legend(fontsize=8, ncols=len(accuracy), loc="upper center")
     for place, (name, curve) in enumerate(curves.items(), 1):
         lines.plot(*zip(*curve, strict=True), label=name, color=f"C{place}")
     lines.set(xlabel="step", title="validation problems, all kinds")
