@@ -17,7 +17,7 @@ from benchmarks import (
     step_time,
 )
 from benchmarks.convergence import claims_report, report
-from benchmarks.convergence.run import read
+from benchmarks.jobs import read
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

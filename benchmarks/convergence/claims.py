@@ -13,14 +13,10 @@ line of a file is a run; the same command continues an existing file.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
-import json
+import functools
 import math
-import multiprocessing
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +25,10 @@ import jax.numpy as jnp
 import optax
 
 import optax_matrix as om
+from benchmarks import jobs
 from benchmarks.convergence.arms import Arm, named
-from benchmarks.convergence.run import ONE_THREAD, fit, read
+from benchmarks.convergence.run import fit
+from benchmarks.jobs import Job
 from benchmarks.trial import Trial
 from examples.nanogpt import configs, record
 
@@ -66,7 +64,6 @@ SIZES = [
     *({"width": width, "layers": 1} for width in (64, 128, 256, 512)),
     *({"width": 64, "layers": layers} for layers in (2, 4, 8)),
 ]
-Job = dict[str, Any]
 
 
 def jobs_of(study: str) -> list[Job]:
@@ -178,7 +175,7 @@ def over_steps(
 STUDIES = ("dynamics", "flattening", "rates", "transfer")
 
 
-def do(study: str, job: Job, fields: Mapping[str, Any]) -> dict[str, Any]:
+def do(study: str, job: Job, *, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Does one run."""
     basic = SHORT if study == "transfer" else {"steps": STEPS, "val_windows": 1024}
     size = {name: job[name] for name in ("width", "layers") if name in job}
@@ -192,34 +189,7 @@ def do(study: str, job: Job, fields: Mapping[str, Any]) -> dict[str, Any]:
         arm = (TRANSFERRED if study == "transfer" else ARMS)[job["arm"]]
         values = {"learning_rate": job["learning_rate"]}
         found = fit(config, arm.make(values, config), config.steps)
-    return {"study": study, **job, **found}
-
-
-def run_all(
-    study: str,
-    path: Path,
-    pool: concurrent.futures.Executor,
-    fields: Mapping[str, Any] | None = None,
-) -> Iterator[str]:
-    """Does the runs of a study that a file lacks, and says how long the rest takes."""
-    have = read(path)
-    missing = [
-        job
-        for job in jobs_of(study)
-        if not any(job.items() <= run.items() for run in have)
-    ]
-    begin = time.perf_counter()
-    jobs = [pool.submit(do, study, job, fields or {}) for job in missing]
-    for done, future in enumerate(concurrent.futures.as_completed(jobs), 1):
-        run = future.result()
-        with path.open("a") as file:
-            file.write(json.dumps(run) + "\n")
-        left = (time.perf_counter() - begin) / done * (len(jobs) - done) / 60
-        names = ("arm", "width", "layers", "learning_rate", "seed")
-        what = ", ".join(f"{name} {run[name]}" for name in names if name in run)
-        yield (
-            f"[{done}/{len(jobs)}] {what}: {run['loss']}; about {left:.0f} minutes left"
-        )
+    return {"study": study, **found}
 
 
 def main() -> None:
@@ -230,10 +200,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2, help="concurrent processes")
     given = parser.parse_args()
-    os.environ.update(ONE_THREAD)  # for the workers
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(given.workers, context) as pool:
-        for line in run_all(given.study, given.out, pool):
+    todo, one = jobs_of(given.study), functools.partial(do, given.study, fields={})
+    with jobs.processes(given.workers) as pool:
+        for line in jobs.run_all(todo, one, given.out, pool):
             print(line, flush=True)
 
 

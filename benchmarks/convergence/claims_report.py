@@ -18,7 +18,8 @@ import numpy as np
 
 from benchmarks.convergence import claims_plots
 from benchmarks.convergence.evidence import interval
-from benchmarks.convergence.run import Run, loss_of, read
+from benchmarks.convergence.run import Run, loss_of
+from benchmarks.jobs import read
 
 CONFIDENCE = 0.95
 

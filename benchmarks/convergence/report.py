@@ -18,7 +18,8 @@ import optax_matrix as om
 from benchmarks.convergence import tune
 from benchmarks.convergence.arms import ARMS
 from benchmarks.convergence.evidence import Difference, difference, steps_to
-from benchmarks.convergence.run import PROTOCOLS, Run, loss_of, of, read
+from benchmarks.convergence.run import PROTOCOLS, Run, loss_of, of
+from benchmarks.jobs import read
 
 
 class Row(NamedTuple):

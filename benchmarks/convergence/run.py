@@ -11,8 +11,6 @@ import concurrent.futures
 import dataclasses
 import json
 import math
-import multiprocessing
-import os
 import threading
 import time
 import tomllib
@@ -22,19 +20,16 @@ from typing import Any
 
 import optax
 
+from benchmarks import jobs
 from benchmarks.convergence import tune
 from benchmarks.convergence.arms import ARMS
+from benchmarks.jobs import read
 from benchmarks.trial import Trial
 from examples.nanogpt import configs, data, record
 
 PROTOCOLS: Mapping[str, Mapping[str, Any]] = tomllib.loads(
     Path(__file__).with_name("protocol.toml").read_text()
 )
-# One thread per process, so that two runs use two cores.
-ONE_THREAD = {
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
-    "OPENBLAS_NUM_THREADS": "1",
-}
 Run = dict[str, Any]
 
 
@@ -106,17 +101,6 @@ def train(
 def loss_of(run: Run) -> float:
     """Returns a loss that can be compared: infinite for a run that diverged."""
     return math.inf if run["loss"] is None else run["loss"]
-
-
-def read(path: Path) -> list[Run]:
-    """Returns the runs of a file; a line that was cut off is not one."""
-    runs = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            runs.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return runs
 
 
 def of(runs: Sequence[Run], arm: str, phase: str) -> list[Run]:
@@ -225,11 +209,9 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, required=True)
     parser.add_argument("--workers", type=int, default=2, help="concurrent processes")
     arguments = parser.parse_args()
-    os.environ.update(ONE_THREAD)  # for the workers
     bench = Bench(arguments.protocol, arguments.arms, arguments.out)
-    workers, context = arguments.workers, multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-        bench.run(pool, workers)
+    with jobs.processes(arguments.workers) as pool:
+        bench.run(pool, arguments.workers)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,10 @@ The trials are of one seed, so their ranks are leads: `run.py` compares over see
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import json
 import math
-import multiprocessing
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -33,8 +30,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 import optax_matrix as om
+from benchmarks import jobs
 from benchmarks.convergence import arms, search_report
-from benchmarks.convergence.run import ONE_THREAD, fit
+from benchmarks.convergence.run import fit
 from examples.nanogpt import configs
 
 VALIDATIONS = 5
@@ -153,13 +151,10 @@ def search(config: configs.Config, out: Path, minutes: float, workers: int) -> N
         study.tell(trial.number, state=TrialState.FAIL)  # It was interrupted.
     for values in FIRST:
         study.enqueue_trial(values, skip_if_exists=True)
-    os.environ.update(ONE_THREAD)  # for the workers
     until, done = time.time() + 60 * minutes, len(study.trials)
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+    with jobs.processes(workers) as pool:
         seeds = [config.seed + done + 1000 * worker for worker in range(workers)]
-        jobs = [pool.submit(work, config, out, until, seed) for seed in seeds]
-        for job in jobs:
+        for job in [pool.submit(work, config, out, until, seed) for seed in seeds]:
             job.result()
     search_report.write(study_of(out), out)
     print(f"wrote {out / 'report.md'}")
