@@ -479,7 +479,7 @@ def test_settings_are_json(optimizer, given, built):
     flags = ["--optimizer", optimizer, "--settings", json.dumps(given)]
     config = configs.from_command_line([*flags, "--out", "none"])
     assert config.settings == given  # what metrics.jsonl records
-    assert configs.optimizer_settings(config) == given | built
+    assert configs.built(config.optimizer, config.settings) == given | built
     assert train.make_optimizer(config)
 
 

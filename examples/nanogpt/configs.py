@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import inspect
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -259,16 +260,16 @@ def resolve(config: Config) -> Config:
     return config
 
 
-def optimizer_settings(config: Config) -> dict[str, Any]:
-    """Returns the settings with objects of `optax_matrix` built from JSON objects.
+def built(optimizer: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings with objects of `optax_matrix` built from JSON objects.
 
     `preconditioner` changes fields of the optimizer's default, such as `SOAP()`.
     `orthogonalize` has the fields of `NewtonSchulz`; for `dion` it changes those of
     `LargestSlices`, whose `method` has the fields of `NewtonSchulz`.
     """
-    settings = dict(config.settings)
+    settings = dict(given)
     fields = settings.get("preconditioner")
-    parameters = inspect.signature(om.OPTIMIZERS[config.optimizer]).parameters
+    parameters = inspect.signature(om.OPTIMIZERS[optimizer]).parameters
     if isinstance(fields, dict) and "preconditioner" in parameters:
         default = parameters["preconditioner"].default
         settings["preconditioner"] = dataclasses.replace(default, **fields)

@@ -74,7 +74,7 @@ def make_optimizer(
       placement: Shardings of the parameters, for optimizers that need whole matrices.
     """
     config = configs.resolve(config)
-    settings = configs.optimizer_settings(config)
+    settings = configs.built(config.optimizer, config.settings)
     if config.optimizer in om.MATRIX_OPTIMIZERS:
         settings.setdefault("auxiliary_learning_rate", schedule(config.aux_lr, config))
         settings.setdefault("placement", placement)

@@ -29,9 +29,8 @@ class Config:
     settings: dict[str, Any] = flag(  # noqa: RUF009 (copied for each instance)
         {}, 'further arguments of the optimizer, as JSON, such as {"momentum": 0.9}'
     )
-    then: str = flag(
-        "", "the optimizer that takes over, with its default learning rate"
-    )
+    then: str = flag("", "the optimizer that takes over during the run; default: none")
+    then_lr: float | None = flag(None, "its learning rate; default: as for `lr`")
     switch: float = flag(0.5, "the fraction of the steps after which it does")
     steps: int = flag(200, "steps, each with new prompts")
     warmup: int = flag(10, "updates of linear warmup of the learning rate")
@@ -113,6 +112,8 @@ def resolve(config: Config) -> Config:
         raise ValueError(f"`algorithm` must be dapo or grpo, got {config.algorithm!r}")
     if config.lr is None:
         config = dataclasses.replace(config, lr=rate_of(config.optimizer))
+    if config.then and config.then_lr is None:
+        config = dataclasses.replace(config, then_lr=rate_of(config.then))
     preset = dataclasses.asdict(ALGORITHMS[config.algorithm])
     missing = {k: v for k, v in preset.items() if getattr(config, k) is None}
     config = dataclasses.replace(config, **missing)
@@ -128,8 +129,6 @@ def resolve(config: Config) -> Config:
         raise ValueError(
             f"`switch` must be a fraction of the steps, in [0, 1], got {config.switch}"
         )
-    if config.then:
-        rate_of(config.then)
     if config.groups * config.samples % config.minibatches:
         raise ValueError(
             f"`minibatches` must divide the {config.groups * config.samples} responses "

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import optax_matrix as om
 from examples.nanogpt import checkpoint, record
+from examples.nanogpt import configs as nanogpt
 from examples.rl import base, configs, evaluate, loss, policy, task
 from examples.rl.configs import Config
 from examples.rl.loss import Batch
@@ -52,7 +53,7 @@ def named(config: Config, name: str, peak: float, settings: Mapping[str, Any]):
     def rate(count):
         return peak * jnp.minimum(1.0, (count + 1) / max(config.warmup, 1))
 
-    settings = dict(settings)
+    settings = nanogpt.built(name, settings)
     if name in om.MATRIX_OPTIMIZERS:
         settings.setdefault("auxiliary_learning_rate", rate)
         if "shape_scale" in inspect.signature(om.OPTIMIZERS[name]).parameters:
@@ -65,7 +66,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     assert config.lr is not None
     first = named(config, config.optimizer, config.lr, config.settings)
     if config.then:
-        second = named(config, config.then, configs.rate_of(config.then), {})
+        assert config.then_lr is not None
+        second = named(config, config.then, config.then_lr, {})
         updates = config.steps * config.epochs * config.minibatches
         first = om.switch_at(round(config.switch * updates), first, second)
     if config.clip:

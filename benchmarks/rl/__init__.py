@@ -1,0 +1,1 @@
+"""Hopper in reinforcement learning: an ablation, and the answers to its claims."""
