@@ -31,9 +31,8 @@ def finished(job, *, right=0.7, entropy=0.1, peak=1.5, lead=50, late=0.0, last=2
         {"step": s, "all": 0.4 + 0.3 * min(1, s / last), "by_kind": by_kind(s)}
         for s in steps
     ]
-    measures = {
-        name: {"mean": [0.1] * blocks, "max": [0.1] * blocks} for name in study.KEPT
-    }
+    flat = [0.1] * blocks
+    measures = {name: {"mean": flat, "max": flat} for name in study.KEPT}
     measures["entropy"] = {"mean": [entropy + noise] * blocks, "max": [1.0] * blocks}
     rising = [0.01 * i for i in range(blocks)]
     measures["correct"] = {"mean": rising, "max": rising}
