@@ -46,10 +46,16 @@ def run_all(
     missing = [
         job for job in jobs if not any(job.items() <= done.items() for done in have)
     ]
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        # The last line was cut off.
+        path.write_text("".join(json.dumps(done) + "\n" for done in have))
     begin = time.perf_counter()
     futures = {pool.submit(do, job): job for job in missing}
     for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
         job = futures[future]
+        if future.exception():
+            # The results of the jobs that wait would be lost.
+            pool.shutdown(wait=False, cancel_futures=True)
         result = {**job, **future.result()}
         with path.open("a") as file:
             file.write(json.dumps(result) + "\n")

@@ -75,6 +75,9 @@ def test_studies_are_continued(tmp_path):
             path.write_text("".join(lines[:-2]))
             assert len(list(jobs.run_all(todo, pretended, path, pool))) == 2
             assert not list(jobs.run_all(todo, pretended, path, pool))
+            # A line that was cut off is done again.
+            path.write_text("".join(lines)[:-5])
+            assert len(list(jobs.run_all(todo, pretended, path, pool))) == 1
         assert sorted(path.read_text().splitlines()) == sorted(
             line.strip() for line in lines
         )

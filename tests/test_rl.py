@@ -98,9 +98,12 @@ def test_splits_share_no_prompt_and_are_always_the_same():
 
 def test_the_corpus_has_the_habits_that_it_says():
     rng, counts = np.random.default_rng(0), 2000
-    for kind, share in {**task.HABITS, "sum": 0.0}.items():
+    of_cues = {("cue", cue): share for cue, share in task.HABITS_OF_CUES.items()}
+    of_kinds = {(kind, ""): share for kind, share in task.HABITS.items()}
+    for (kind, cue), share in {**of_kinds, **of_cues, ("sum", ""): 0.0}.items():
         wrong = without = 0
-        for problem in drawn(kind, counts):
+        source = [p for p in drawn(kind, 3 * counts) if cue in p.prompt]
+        for problem in source[:counts]:
             said = task.demonstration(problem, rng)
             without += "#" not in said
             habits = (problem.habit, problem.habit.split("#")[0])
@@ -181,11 +184,16 @@ def test_tokens_count_up_to_the_end_token():
 
 def test_the_sampler_counts_what_mask_of_counts(small):
     graph, params, prompts = small
-    # The end token is likely, so that responses end early.
-    params = jax.tree.map(lambda x: x, params)
-    kernel = params["head"]["kernel"]
-    kernel[...] = kernel[...].at[:, task.END_ID].set(kernel[...][:, 5] * 1.5)
-    found = policy.sample(graph, params, prompts, keys_of(len(prompts)), 9, 1.0)
+    # The probability of the end token is made that of the most probable one.
+    kernel = jnp.asarray(params["head"]["kernel"][...])
+    logits = nnx.merge(graph, params)(prompts)[:, -1]
+    kernel = kernel.at[:, task.END_ID].set(kernel[:, int(logits.mean(0).argmax())])
+    params = jax.tree.map(lambda x: kernel if x.shape == kernel.shape else x, params)
+    keys = keys_of(len(prompts) * 8)
+    given = np.repeat(prompts, 8, axis=0)
+    found = policy.sample(graph, params, given, keys, 9, 1.0)
+    lengths = np.asarray(found.mask).sum(1)
+    assert 1 <= lengths.min() < 5 and len(set(lengths)) > 2
     np.testing.assert_array_equal(found.mask, policy.mask_of(found.tokens))
 
 
@@ -322,6 +330,97 @@ def test_a_run_records_everything_and_resumes_exactly(tmp_path, tiny, monkeypatc
         train.train(dataclasses.replace(begun, resume=True, lr=1.0))
 
 
+def responses(texts, prompts):
+    """What `policy.sample` returns, with given texts."""
+    rows = []
+    for text in texts:
+        ended = [] if text.endswith("…") else [task.END_ID]
+        row = [*task.encode(text.removesuffix("…")), *ended]
+        rows.append(row + [task.PAD_ID] * (task.RESPONSE - len(row)))
+    tokens = jnp.asarray(rows, jnp.int32)
+    mask = policy.mask_of(tokens)
+    assert len(texts) == len(prompts)
+    return policy.Responses(tokens, mask, jnp.zeros(mask.shape), mask * 0.5)
+
+
+def test_responses_are_graded_against_their_own_prompts(tiny, monkeypatch):
+    config = configs.resolve(dataclasses.replace(tiny, groups=3, samples=4, overlong=4))
+    source = task.problems("train", np.random.default_rng((config.seed, 5, 1, 2)))
+    given = [next(source) for _ in range(3)]
+
+    def sample(graph, params, reference, prompts, keys, temperature):
+        want = np.repeat(task.prompts_of(given), 4, axis=0)
+        np.testing.assert_array_equal(prompts, want)
+        assert len({tuple(k) for k in np.asarray(jax.random.key_data(keys))}) == 12
+        a, b, c = given
+        said = [a.right, f"#{a.answer}", f"1+1=3#{a.answer + 1}", "together…"]
+        said += [b.right] * 4 + [f"#{c.answer + 1}", "", c.right, c.right + ";;"]
+        found = responses(said, prompts)
+        return found, jnp.full(found.mask.shape, -0.1)
+
+    monkeypatch.setattr(train, "_both", sample)
+    state = train.State(*[None] * 5)  # type: ignore
+    rollout = train.respond(config, None, state, None, 5, 1)  # type: ignore
+    np.testing.assert_array_equal(rollout.signal, [True, False, True])
+    rewards = np.array([[1, 1, 0.5, -1], [1] * 4, [0.5, 0, 1, 0]])
+    gains = (rewards - rewards.mean(1, keepdims=True)) / (
+        rewards.std(1)[:, None] + 1e-6
+    )
+    np.testing.assert_allclose(rollout.batch.advantages, gains.ravel(), atol=1e-4)
+    metrics = rollout.metrics
+    np.testing.assert_allclose(metrics["reward"], rewards.mean())
+    np.testing.assert_allclose(metrics["correct"], 7 / 12)
+    np.testing.assert_allclose(metrics["format"], 9 / 12)
+    np.testing.assert_allclose(metrics["nonsense"], 4 / 12)
+    np.testing.assert_allclose(metrics["entropy"], 0.5)
+    np.testing.assert_allclose(metrics["kl_k1"], 0.1, rtol=1e-5)
+    np.testing.assert_allclose(metrics["kl_k3"], np.exp(-0.1) - 1 + 0.1, rtol=1e-4)
+
+
+def test_accuracy_and_passes_are_those_of_known_responses(tiny, monkeypatch):
+    problems = task.held_out("test", 2)  # 14, in chunks of 8
+    rows, asked = [tuple(row) for row in task.prompts_of(problems)], []
+
+    def sample(graph, params, prompts, keys, length, temperature):
+        said = []
+        for place in [rows.index(tuple(row)) for row in np.asarray(prompts)]:
+            asked.append(place)
+            # Of every kind the first problem, and the third sample of the second.
+            right = place % 2 == 0 or asked.count(place) == 3
+            said.append(problems[place].right if right else "1+1=3#999")
+        return responses(said, prompts)
+
+    monkeypatch.setattr(policy, "sample", sample)
+    found = evaluate.greedy(None, None, problems)  # type: ignore
+    assert found["by_kind"] == {kind: 0.5 for kind in task.KINDS}
+    assert found["all"] == 0.5 and found["nonsense"] == 0.5
+    asked.clear()
+    how = {"seed": 0, "temperature": 1.0, "k": 4}
+    found = evaluate.sampled(None, None, problems, **how)  # type: ignore
+    assert found["pass@1"]["by_kind"] == {kind: (1 + 1 / 4) / 2 for kind in task.KINDS}
+    assert found["pass@4"]["all"] == 1.0
+    by_kind = {kind: 0.0 for kind in task.KINDS} | {"par_easy": 1.0, "sum": 1.0}
+    assert evaluate.summary(by_kind) == pytest.approx((1 + 0.5) / 6)
+
+
+def test_the_best_policy_is_the_first_with_the_highest_score(tiny, monkeypatch):
+    scores, seen, validated = iter([0.9, 0.3, 0.7, 0.7, 0.4]), [], []
+
+    def greedy(graph, params, problems):
+        if len(problems) > len(task.KINDS):  # the test problems
+            seen.append(params)
+            return {"all": len(seen), "by_kind": {}, "nonsense": 0.0}
+        validated.append(params)
+        return {"all": next(scores), "by_kind": {}, "nonsense": 0.0}
+
+    monkeypatch.setattr(evaluate, "greedy", greedy)
+    result = train.train(dataclasses.replace(tiny, eval_every=1, test_problems=2))
+    assert result["best_step"] == 2
+    chex.assert_trees_all_equal(seen[0], validated[2])
+    chex.assert_trees_all_equal(seen[1], validated[4])
+    assert result["best"]["all"] == 1 and result["last"]["all"] == 2
+
+
 def test_a_damaged_base_is_refused(tiny):
     def load():
         return base.load(2, 0, quiet=True, say=lambda _: None)
@@ -391,7 +490,15 @@ def test_the_second_optimizer_takes_over(tiny):
         (["--minibatches", "3"], "`minibatches` must divide the 128 responses"),
         (["--lr", "nan"], "`lr` must be finite"),
         (["--temperature", "0"], "`temperature` must be positive"),
-        (["--switch", "1.5"], "`switch` must be"),
+        (["--switch", "1.5"], "`switch` must be in [0.0, 1.0], as a fraction"),
+        (["--then-lr", "1e-3"], "`then_lr` is the learning rate of `then`"),
+        (["--then", "adam", "--then-lr", "nan"], "`then_lr` must be finite"),
+        (["--test-problems", "1100"], "`test_problems` must be in [1, 1000]"),
+        (["--token-level", "7"], "`token_level` must be in [0, 1]"),
+        (["--overlong", "40"], "`overlong` must be in [0, 22]"),
+        (["--format-reward", "3"], "`format_reward` must be in [0.0, 1.0]"),
+        (["--seed", "-1"], "`seed` must be in"),
+        (["--resume"], "`resume` continues the run in the folder `out`"),
         (["--rounds", "0"], "`rounds` must be positive"),
     ],
 )

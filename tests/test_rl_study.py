@@ -11,7 +11,7 @@ from benchmarks.rl import report, study
 from examples.rl import task
 
 
-def finished(job, *, right=0.7, entropy=0.1, peak=1.5, lead=50, late=0.0, last=200):
+def finished(job, *, right=0.7, entropy=0.1, peak=1.5, lead=50, late=0.0, last=150):
     """A run with known measures; every kind gains half at a known step."""
     noise = 1e-3 * job["seed"]
     blocks = job["steps"] // 10
@@ -28,7 +28,10 @@ def finished(job, *, right=0.7, entropy=0.1, peak=1.5, lead=50, late=0.0, last=2
 
     steps = range(0, job["steps"] + 1, 25)
     validation = [
-        {"step": s, "all": 0.4 + 0.3 * min(1, s / last), "by_kind": by_kind(s)}
+        {
+            **{"step": s, "by_kind": by_kind(s)},
+            "all": 0.4 + 0.3 * min(1, s / last) + (late + noise) * (s > 450),
+        }
         for s in steps
     ]
     flat = [0.1] * blocks
@@ -36,7 +39,7 @@ def finished(job, *, right=0.7, entropy=0.1, peak=1.5, lead=50, late=0.0, last=2
     measures["entropy"] = {"mean": [entropy + noise] * blocks, "max": [1.0] * blocks}
     rising = [0.01 * i for i in range(blocks)]
     measures["correct"] = {"mean": rising, "max": rising}
-    measures["kl_k3"] = {"mean": flat, "max": [*flat[1:], 0.1 * (peak + noise)]}
+    measures["kl_k1"] = {"mean": flat, "max": [*flat[1:], 0.1 * (peak + noise)]}
     best = {**score(right + noise), "pass@8": {"all": 0.9}}
     return {
         **job,
@@ -54,8 +57,8 @@ KNOWN = {
     "adam": {"right": 0.7, "lead": 20},
     "muon": {"right": 0.65, "entropy": 0.3, "peak": 3.0},
     "adamuon": {"peak": 2.0},
-    "hopper": {"right": 0.75, "lead": 50, "last": 80},
-    "hopper, then adam": {"right": 0.7},
+    "hopper": {"right": 0.75, "lead": 50, "last": 50},
+    "hopper, then adam": {"right": 0.72},
 }
 
 
@@ -80,11 +83,13 @@ def test_every_arm_has_the_same_number_of_rates_and_seeds():
         assert len(set(mine)) == 6
         assert max(mine) / min(mine) == pytest.approx(32, rel=0.02)
         assert np.sqrt(max(mine) * min(mine)) == pytest.approx(middle, rel=0.02)
-    with pytest.raises(ValueError, match="no rates of sgd, adam"):
+    with pytest.raises(ValueError, match="60 of 60 runs of `rates`"):
         study.jobs_of("finals", 1, [])
     runs = known_runs()
-    with pytest.raises(ValueError, match="no rates of sgd"):
+    with pytest.raises(ValueError, match="`rates` with 4 epochs are missing"):
         study.jobs_of("finals", 4, runs)
+    with pytest.raises(ValueError, match="1 of 60 runs"):
+        study.jobs_of("finals", 1, runs[1:])
     finals = study.jobs_of("finals", 1, runs)
     for arm, (_, _, middle) in study.ARMS.items():
         mine = [job for job in finals if job["arm"] == arm]
@@ -115,21 +120,24 @@ def test_answers_are_those_of_known_runs(tmp_path):
     answers = report.answers_of(runs)
     assert [answer.answer for answer in answers] == [
         *("yes", "yes"),  # an entropy floor
-        *("yes", "yes", "yes"),  # spikes; SGD is smooth, and last
+        *("yes", "yes", "yes", "yes", "yes"),  # spikes; SGD is smooth, and last
         *("yes", "yes"),  # variance calms
         *("yes", "yes"),  # one step is better, with less nonsense
         "yes",  # twice as fast
         *("yes", "yes", "yes"),  # parallel before arithmetic
         *("yes", "yes", "yes"),  # late decline
-        "no",  # the hybrid
+        *("no", "yes"),  # the hybrid
     ]
     measured = [float(answer.measured.split(" ± ")[0]) for answer in answers]
     np.testing.assert_allclose(measured[0], 0.2, rtol=1e-6)
     np.testing.assert_allclose(measured[2], 1.5, rtol=1e-6)
-    np.testing.assert_allclose(measured[4], -0.15, rtol=1e-6)
-    np.testing.assert_allclose(measured[9], 80 / 200, rtol=1e-2)
-    np.testing.assert_allclose(measured[10:13], [50, 20, 30], rtol=1e-6)
-    np.testing.assert_allclose(measured[16], -0.05, rtol=1e-6)
+    np.testing.assert_allclose(measured[4:7], [-0.2, -0.15, -0.25], rtol=1e-6)
+    np.testing.assert_allclose(measured[11], 50 / 150, rtol=1e-2)
+    np.testing.assert_allclose(measured[12:15], [50, 20, 30], rtol=1e-6)
+    np.testing.assert_allclose(measured[15:18], [-0.047] * 3, rtol=0.02)
+    np.testing.assert_allclose(measured[18], -0.03, rtol=1e-6)
+    with pytest.raises(ValueError, match="continue the study until"):
+        report.answers_of([r for r in runs if (r["arm"], r["seed"]) != ("muon", 3)])
     lines = report.arms_of(runs).splitlines()
     assert len(lines) == 2 + len(study.ARMS) + 1
     assert lines[2].startswith("| hopper | 0.0002 | 0.753 ± 0.002 | +0.050 ± 0.000 |")
@@ -137,6 +145,22 @@ def test_answers_are_those_of_known_runs(tmp_path):
     assert report.rates_of(runs).count("\n") == 1 + len(study.ARMS)
     report.plot(runs, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_what_is_never_learned_is_learned_last():
+    def run(arithmetic, parallel):
+        by_kind = {k: 0.2 for k in task.KINDS}
+        points = []
+        for step, a, p in zip((0, 100, 200), arithmetic, parallel, strict=True):
+            found = {k: a for k in report.ARITHMETIC} | {k: p for k in report.PARALLEL}
+            points.append({"step": step, "by_kind": by_kind | found, "all": a})
+        return {"validation": points}
+
+    assert report.lead(run([0.2, 0.2, 0.21], [0.0, 1.0, 1.0])) == 200 - 50
+    assert report.lead(run([0.2, 0.6, 0.6], [0.0, 0.0, 0.0])) == 50 - 200
+    assert report.lead(run([0.2, 0.2, 0.2], [0.1, 0.1, 0.1])) == 0
+    adam, never = run([0.2, 0.2, 0.1], [0, 0, 0]), run([0.1, 0.1, 0.1], [0, 0, 0])
+    assert report.time_to(adam, adam) == 0 and report.time_to(never, adam) == 200
 
 
 @pytest.mark.slow

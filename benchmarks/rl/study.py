@@ -3,7 +3,7 @@
     python -m benchmarks.rl.study rates --out RUNS.jsonl
     python -m benchmarks.rl.study finals --out RUNS.jsonl
     python -m benchmarks.rl.study long --out RUNS.jsonl
-    python -m benchmarks.rl.study finals --epochs 4 --out RUNS_4.jsonl
+    python -m benchmarks.rl.study rates --epochs 4 --out RUNS_4.jsonl
 
 `rates` tries the same number of learning rates for every arm, on seed 0. `finals`
 trains each arm at its best rate on seeds 1 to 5, which the choice has not seen, and
@@ -70,10 +70,14 @@ def jobs_of(phase: str, epochs: int, runs: Sequence[Job]) -> list[Job]:
             for arm, (_, _, middle) in ARMS.items()
             for rate in (float(f"{middle * factor:.3g}") for factor in FACTORS)
         ]
-    best = best_rates(runs, epochs)
-    missing = [arm for arm in ARMS if arm not in best]
+    rates = jobs_of("rates", epochs, [])
+    missing = [r for r in rates if not any(r.items() <= run.items() for run in runs)]
     if missing:
-        raise ValueError(f"the file has no rates of {', '.join(missing)}: run `rates`")
+        raise ValueError(
+            f"{len(missing)} of {len(rates)} runs of `rates` with {epochs} epochs are "
+            "missing: run `rates` first, with the same --out and --epochs"
+        )
+    best = best_rates(runs, epochs)
     chosen = {arm: {"learning_rate": rate} for arm, rate in best.items()}
     if phase == "long":
         basic["steps"] = LONG
@@ -123,6 +127,8 @@ def do(job: Job) -> dict[str, Any]:
     problems are for the comparisons.
     """
     found = train.train(config_of(job))
+    if found["stopped"]:
+        raise KeyboardInterrupt(f"a run was stopped by {found['stopped']}")
     validation = [
         {"step": r["step"], "all": r["all"], "by_kind": r["by_kind"]}
         for r in found["records"]
@@ -146,7 +152,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1, help="passes over responses")
     parser.add_argument("--workers", type=int, default=2, help="concurrent processes")
     given = parser.parse_args()
-    todo = jobs_of(given.phase, given.epochs, jobs.read(given.out))
+    try:
+        todo = jobs_of(given.phase, given.epochs, jobs.read(given.out))
+    except ValueError as error:
+        parser.error(str(error))
     with jobs.processes(given.workers) as pool:
         for line in jobs.run_all(todo, do, given.out, pool):
             print(line, flush=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from flax import nnx
 from tqdm import tqdm
 
 import optax_matrix as om
-from examples.nanogpt import record
+from examples.nanogpt import model, record
 from examples.nanogpt.model import GPT
 from examples.rl import policy, task
 
 LAYERS, WIDTH, HEAD_DIM = 2, 96, 24
 BATCH, RATE, AUXILIARY_RATE = 128, 0.02, 3e-3
 FOLDER = Path("runs/rl-base")
+# A digest of the sources that determine a base, when this process read them.
+SOURCES = (task.__file__, policy.__file__, __file__, model.__file__)
+VERSION = hashlib.sha256(b"".join(Path(f).read_bytes() for f in SOURCES)).hexdigest()
 
 
 def make_model(seed: int) -> GPT:
@@ -28,9 +32,9 @@ def make_model(seed: int) -> GPT:
 
     What the model computes does not depend on the scale, because a norm follows.
     """
-    model = GPT(len(task.WORDS), LAYERS, WIDTH, HEAD_DIM, rngs=nnx.Rngs(seed))
-    model.embed.embedding[...] *= 0.05
-    return model
+    gpt = GPT(len(task.WORDS), LAYERS, WIDTH, HEAD_DIM, rngs=nnx.Rngs(seed))
+    gpt.embed.embedding[...] *= 0.05
+    return gpt
 
 
 def train(steps: int, seed: int, quiet: bool) -> tuple[nnx.GraphDef, nnx.State]:
@@ -72,7 +76,7 @@ def load(
     graph, like = nnx.split(nnx.eval_shape(lambda: make_model(seed)))
     leaves, tree = jax.tree.flatten(like)
     names = [f"arr_{place}" for place in range(len(leaves))]  # those of savez
-    path = FOLDER / f"{_version()}-{steps}-{seed}.npz"
+    path = FOLDER / f"{VERSION[:12]}-{steps}-{seed}.npz"
     if path.exists():
         with np.load(path) as file:
             arrays = [file[name] for name in names]
@@ -86,15 +90,9 @@ def load(
     FOLDER.mkdir(parents=True, exist_ok=True)
     about = {"sha256": record.digest(arrays), **record.environment()}
     path.with_suffix(".json").write_text(json.dumps(about) + "\n")
-    partial = path.with_suffix(".partial")
+    # Several processes may make the same base; each renames what is complete.
+    partial = path.with_suffix(f".{os.getpid()}")
     with partial.open("wb") as file:
         np.savez(file, *arrays)
     partial.replace(path)
     return graph, params
-
-
-def _version() -> str:
-    """Returns a digest of the sources that determine a base."""
-    here = Path(__file__).parent
-    files = (here / "task.py", here / "base.py", here.parent / "nanogpt" / "model.py")
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]

@@ -9,6 +9,7 @@ import optax_matrix as om
 from examples import flags
 from examples.flags import flag
 from examples.rl.loss import DAPO, GRPO, Objective
+from examples.rl.task import RESPONSE
 
 # Learning rates at which the optimizers learn the task; none is the best of a sweep.
 # The matrix optimizers' updates have the RMS of Adam's, so that their rates are alike.
@@ -79,8 +80,19 @@ POSITIVE = (
     *("base_steps", "eval_every", "eval_problems", "test_problems", "rounds"),
 )
 NOT_NEGATIVE = (
-    *("lr", "warmup", "clip", "kl", "clip_low", "clip_high", "overlong"),
-    *("format_reward", "checkpoint_every"),
+    *("lr", "warmup", "clip", "kl", "clip_low", "clip_high", "checkpoint_every"),
+)
+# A number, its range, and the reason for it.
+LIMITS = (
+    ("switch", 0.0, 1.0, "as a fraction of the steps"),
+    ("token_level", 0, 1, "as a truth value"),
+    ("scale", 0, 1, "as a truth value"),
+    ("overlong", 0, RESPONSE, "the most tokens of a response"),
+    ("format_reward", 0.0, 1.0, "because a right response earns 1"),
+    ("eval_problems", 1, 1000, "because no more are held out of each kind"),
+    ("test_problems", 1, 1000, "because no more are held out of each kind"),
+    ("seed", 0, 2**31 - 1, "as seeds are"),
+    ("base_seed", 0, 2**31 - 1, "as seeds are"),
 )
 
 
@@ -121,19 +133,24 @@ def resolve(config: Config) -> Config:
         if not 0 < getattr(config, name) < math.inf:
             given = getattr(config, name)
             raise ValueError(f"`{name}` must be positive and finite, got {given}")
-    for name in NOT_NEGATIVE:
+    rates = ("then_lr",) if config.then else ()
+    for name in (*NOT_NEGATIVE, *rates):
         if not 0 <= getattr(config, name) < math.inf:
             given = getattr(config, name)
             raise ValueError(f"`{name}` must be finite and at least 0, got {given}")
-    if not 0 <= config.switch <= 1:
-        raise ValueError(
-            f"`switch` must be a fraction of the steps, in [0, 1], got {config.switch}"
-        )
     if config.groups * config.samples % config.minibatches:
         raise ValueError(
             f"`minibatches` must divide the {config.groups * config.samples} responses "
             f"of a step, got {config.minibatches}"
         )
+    for name, low, high, why in LIMITS:
+        if not low <= getattr(config, name) <= high:
+            given = getattr(config, name)
+            raise ValueError(f"`{name}` must be in [{low}, {high}], {why}; got {given}")
+    if config.then_lr is not None and not config.then:
+        raise ValueError("`then_lr` is the learning rate of `then`, which is missing")
+    if config.resume and not config.out:
+        raise ValueError("`resume` continues the run in the folder `out`: name it")
     if config.samples < 2:
         raise ValueError("`samples` must be at least 2: one response has no advantage")
     return config

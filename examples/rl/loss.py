@@ -82,7 +82,7 @@ def weights(mask: jax.Array, token_level: bool) -> jax.Array:
 def k3(log_probs: jax.Array, reference: jax.Array) -> jax.Array:
     """Returns an estimate of KL(policy ‖ reference) per token, never negative."""
     gap = reference - log_probs
-    return jnp.exp(gap) - 1 - gap
+    return jnp.expm1(gap) - gap
 
 
 def policy_loss(

@@ -102,7 +102,9 @@ def respond(
     Prompts and keys depend on the seed and on `at`, the step and the round, alone. So
     all optimizers get the same ones.
     """
-    problems = task.problems("train", np.random.default_rng((config.seed, *at)))
+    # The last number keeps the seeds of different things apart.
+    rng = np.random.default_rng((config.seed, *at, 2))
+    problems = task.problems("train", rng)
     given = [next(problems) for _ in range(config.groups)]
     prompts = np.repeat(task.prompts_of(given), config.samples, axis=0)
     key = functools.reduce(jax.random.fold_in, at, jax.random.key(config.seed))
@@ -143,7 +145,7 @@ def respond(
     gain = jnp.asarray(gain, jnp.float32)
     batch = Batch(where[0], found.tokens, found.mask, gain, found.log_probs, ref)
     batch = jax.tree.map(np.asarray, batch)
-    signal = groups.std(1) > 0
+    signal = np.ptp(groups, axis=1) > 0
     return Rollout(batch, signal, {k: float(v) for k, v in metrics.items()})
 
 
@@ -191,7 +193,7 @@ def make_update(graph: nnx.GraphDef, optimizer: Any, config: Config) -> Any:
             graph, params, batch.prompts, batch.tokens, config.temperature
         )
         value, clipped = loss.policy_loss(now, batch, aim)
-        ratio = jnp.abs(now - batch.old) * batch.mask
+        ratio = jnp.where(batch.mask > 0, jnp.abs(now - batch.old), jnp.nan)
         return value, (clipped, ratio)
 
     @jax.jit
@@ -205,8 +207,8 @@ def make_update(graph: nnx.GraphDef, optimizer: Any, config: Config) -> Any:
         found = {
             "loss": value,
             "clip_fraction": clipped,
-            "ratio_p99": jnp.quantile(ratio, 0.99),
-            "ratio_largest": ratio.max(),
+            "ratio_p99": jnp.nanquantile(ratio, 0.99),
+            "ratio_largest": jnp.nanmax(ratio),
             "gradient_norm": optax.tree.norm(grads),
             "update_rms": jnp.sqrt(
                 sum(jnp.sum(u**2) for u in matrices) / sum(u.size for u in matrices)
@@ -252,9 +254,8 @@ def train(config: Config) -> dict[str, Any]:
         jnp.float32(-1),
         jnp.int32(0),
     )
-    saved = checkpoint.Checkpoints(
-        folder / "checkpoints" if folder and config.checkpoint_every else None
-    )
+    wanted = folder and (config.checkpoint_every or config.resume)
+    saved = checkpoint.Checkpoints(folder / "checkpoints" if wanted else None)  # type: ignore
     start, base_digest = 0, record.digest(reference)
     if config.resume:
         log.check_same(configs.identity(config), base_digest)
@@ -280,7 +281,7 @@ def train(config: Config) -> dict[str, Any]:
             desc=config.optimizer,
         ) as bar,
     ):
-        if start == 0:
+        if not log.last("val"):
             log.add("val", step=0, **evaluate.greedy(graph, state.params, held))
         for done in range(start + 1, config.steps + 1):
             batch, metrics = collect(config, graph, state, reference, done - 1)
@@ -300,10 +301,10 @@ def train(config: Config) -> dict[str, Any]:
             if end or done % config.eval_every == 0:
                 result = evaluate.greedy(graph, state.params, held)
                 log.add("val", step=done, **result)
-                if result["all"] > float(state.best_score):
-                    score, at = jnp.float32(result["all"]), jnp.int32(done)
+                score = jnp.float32(result["all"])
+                if score > state.best_score:
                     state = state._replace(
-                        best=state.params, best_score=score, best_step=at
+                        best=state.params, best_score=score, best_step=jnp.int32(done)
                     )
             stopped = interruption.signal
             if stopped or end or saved.due(done, config.checkpoint_every):
@@ -329,7 +330,7 @@ def train(config: Config) -> dict[str, Any]:
 def scores(config: Config, graph: nnx.GraphDef, state: State) -> dict[str, Any]:
     """Scores the best and the last parameters on the test problems."""
     held = task.held_out("test", config.test_problems)
-    few = task.held_out("test", config.eval_problems)
+    few = task.held_out("test", config.eval_problems)  # for samples, which cost more
     how = {"seed": config.seed, "temperature": config.temperature}
     return {
         "best": {
