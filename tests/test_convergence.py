@@ -268,6 +268,11 @@ def test_a_bench_runs_resumes_and_reports(tmp_path, protocol, monkeypatch, capsy
     assert "| 2.17; 2.42 | 1.5340 ± 0.0714 | -0.020 ± 0.006 | better |" in lines[2]
     assert "| 250 |" in lines[2] and "1 of 2 get there" in lines[2]
     assert "| diverged |" in lines[4] and "0 of 2 get there" in lines[4]
+    lines = report.headlines(runs).splitlines()
+    assert lines[2:] == [
+        "| `muon` | 1.5542 ± 0.0707 |  |  |",
+        "| `lion` | diverged |  |  |",
+    ]
     report.plot(runs, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 import optax_matrix as om
 from benchmarks.convergence import tune
-from benchmarks.convergence.arms import ARMS
+from benchmarks.convergence.arms import ARMS, OPTIMIZERS
 from benchmarks.convergence.evidence import Difference, difference, steps_to
 from benchmarks.convergence.run import PROTOCOLS, Run, loss_of, of
 from benchmarks.jobs import read
@@ -102,16 +102,6 @@ def table(runs: Sequence[Run], seconds: Mapping[str, float] | None = None) -> st
             f"{name} {value:.3g}{'*' if name in row.edge else ''}"
             for name, value in row.values.items()
         )
-        loss = "diverged"
-        if math.isfinite(row.mean):
-            sigma = (
-                statistics.stdev(row.losses.values()) if len(row.losses) > 1 else 0.0
-            )
-            loss = f"{row.mean:.4f} ± {sigma:.4f}"
-        gap = verdict = ""
-        if row.against and row.arm != base and math.isfinite(row.mean):
-            gap = f"{row.against.mean:+.3f} ± {row.against.half_width:.3f}"
-            verdict = row.against.verdict
         reached = [step for step in row.steps if step is not None]
         steps = f"{len(reached)} of {len(row.steps)} get there"
         if len(reached) == len(row.steps):
@@ -121,10 +111,46 @@ def table(runs: Sequence[Run], seconds: Mapping[str, float] | None = None) -> st
         if each and len(reached) == len(row.steps):
             whole = f"{statistics.mean(reached) * each:.1f}"
         cells = [row.arm, values, equivalents(ARMS[row.arm].polar)]
-        cells += [loss, gap, verdict, steps]
+        cells += [_loss(row), *_gap(row, base), steps]
         cells += [f"{each * 1e3:.0f}" if each else "", whole]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+# Optimizers of the library, by the names of their arms.
+HEADLINES: Mapping[str, str] = {
+    **{arm: f"`{arm}`" for arm in OPTIMIZERS if arm in om.OPTIMIZERS},
+    "entry+halley+neuron": "`halley_muon`",
+    "soap_refresh_1": "`soap`, refreshed in every update",
+    "kl_soap_refresh_1": "`kl_soap`, refreshed in every update",
+}
+
+
+def headlines(runs: Sequence[Run]) -> str:
+    """Returns a short table in Markdown, of the optimizers of the library."""
+    base = PROTOCOLS[runs[0]["protocol"]]["baseline"]
+    lines = [f"| optimizer | loss | less `{base}`'s | |", "| --- | --- | --- | --- |"]
+    for row in rows_of(runs):
+        if row.arm not in HEADLINES:
+            continue
+        cells = [HEADLINES[row.arm], _loss(row), *_gap(row, base)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _loss(row: Row) -> str:
+    if not math.isfinite(row.mean):
+        return "diverged"
+    sigma = statistics.stdev(row.losses.values()) if len(row.losses) > 1 else 0.0
+    return f"{row.mean:.4f} ± {sigma:.4f}"
+
+
+def _gap(row: Row, base: str) -> tuple[str, str]:
+    """Returns the difference from the baseline and its verdict, if there is one."""
+    if not row.against or row.arm == base or not math.isfinite(row.mean):
+        return "", ""
+    gap = f"{row.against.mean:+.3f} ± {row.against.half_width:.3f}"
+    return gap, row.against.verdict
 
 
 def plot(runs: Sequence[Run], path: Path) -> None:
