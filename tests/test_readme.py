@@ -119,3 +119,16 @@ def test_the_tables_of_the_docs_are_those_of_the_raw_results():
     assert claims_report.table(claims_report.flattening_of(runs)) in page
     losses, answers = claims_report.rates_of(read(results / "convergence_rates.jsonl"))
     assert losses in page and claims_report.table(answers) in page
+
+
+def test_the_scorecard_of_the_page_is_that_of_its_run():
+    results = ROOT / "benchmarks" / "results"
+    page = (ROOT / "examples" / "rl" / "README.md").read_text()
+    card = (results / "make_rl_2026-11-29.txt").read_text().splitlines()
+    for line in card[2:6]:
+        name, *shares = line.split() if line.strip()[0] != "s" else ["", *line.split()]
+        assert f"| {' | '.join([name, *shares])} |" in page
+    records = (results / "make_rl_2026-11-29.jsonl").read_text().splitlines()
+    finals = [r for r in map(json.loads, records) if r["kind"] == "final"]
+    for line, final in zip(card[4:6], finals, strict=True):
+        assert line.split()[-1] == f"{final['best']['all']:.2f}"
