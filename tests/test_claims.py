@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import time
 
 import jax
 import numpy as np
@@ -81,6 +82,25 @@ def test_studies_are_continued(tmp_path):
         assert sorted(path.read_text().splitlines()) == sorted(
             line.strip() for line in lines
         )
+
+
+def test_a_job_that_fails_ends_the_others(tmp_path):
+    begun = []
+
+    def fails(job):
+        begun.append(job["seed"])
+        if job["seed"] == 1:
+            raise RuntimeError("no memory")
+        time.sleep(0.05)  # so that the failure is seen before the last job begins
+        return {"loss": 1.0}
+
+    path, todo = tmp_path / "runs.jsonl", [{"seed": seed} for seed in range(50)]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with pytest.raises(RuntimeError, match="no memory"):
+            list(jobs.run_all(todo, fails, path, pool))
+    assert len(begun) < len(todo)
+    # What was done before is kept.
+    assert [run["seed"] for run in jobs.read(path)] == [0]
 
 
 def test_flattening_is_that_of_its_formulas(fields):

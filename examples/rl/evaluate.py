@@ -61,20 +61,19 @@ def summary(by_kind: Mapping[str, float]) -> float:
 def greedy(
     graph: nnx.GraphDef, params: nnx.State, problems: Sequence[Problem]
 ) -> dict[str, Any]:
-    """Returns accuracy by kind and in all, and the share of nonsense, without noise."""
+    """Returns accuracy and the share of nonsense, of the most probable responses."""
     texts = respond(graph, params, problems)
     grades = [grade(text, p) for text, p in zip(texts, problems, strict=True)]
-    by_kind = {
-        kind: float(np.mean([g.correct for g, p in _of(kind, grades, problems)]))
-        for kind in task.KINDS
-    }
+    correct = np.array([g.correct for g in grades])
     nonsense = float(np.mean([g.nonsense for g in grades]))
-    return {"all": summary(by_kind), "by_kind": by_kind, "nonsense": nonsense}
+    return {**_shares(correct, problems), "nonsense": nonsense}
 
 
-def _of(kind: str, grades: Sequence[Grade], problems: Sequence[Problem]):
-    pairs = zip(grades, problems, strict=True)
-    return [(g, p) for g, p in pairs if p.kind == kind]
+def _shares(right: np.ndarray, problems: Sequence[Problem]) -> dict[str, Any]:
+    """Returns the mean of a number that each problem has, by kind and in all."""
+    kinds = np.array([problem.kind for problem in problems])
+    by_kind = {kind: float(right[kinds == kind].mean()) for kind in task.KINDS}
+    return {"all": summary(by_kind), "by_kind": by_kind}
 
 
 def sampled(
@@ -93,10 +92,5 @@ def sampled(
     correct = np.array(
         [grade(t, p).correct for t, p in zip(texts, repeated, strict=True)]
     ).reshape(-1, k)
-    kinds = np.array([problem.kind for problem in problems])
-    result = {}
     rates = {"pass@1": correct.mean(1), f"pass@{k}": correct.max(1)}
-    for name, found in rates.items():
-        by_kind = {kind: float(found[kinds == kind].mean()) for kind in task.KINDS}
-        result[name] = {"all": summary(by_kind), "by_kind": by_kind}
-    return result
+    return {name: _shares(found, problems) for name, found in rates.items()}

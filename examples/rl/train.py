@@ -159,23 +159,22 @@ def collect(
     round is filled with groups of the first. The metrics are those of the first round,
     which is not chosen by its rewards.
     """
-    size = config.samples
-    first = respond(config, graph, state, reference, step, 0)
-    kept, rollout, rounds = [], first, 1
-    while True:
-        kept += [
+
+    def groups(rollout: Rollout, signal: bool) -> list[Batch]:
+        """Returns the groups that have a signal, or those that have none."""
+        size = config.samples
+        return [
             jax.tree.map(lambda x, g=g: x[g * size : (g + 1) * size], rollout.batch)
-            for g in np.flatnonzero(rollout.signal)
+            for g in np.flatnonzero(rollout.signal == signal)
         ]
-        if rounds == config.rounds or len(kept) >= config.groups:
-            break
-        rollout = respond(config, graph, state, reference, step, rounds)
-        rounds += 1
-    idle = np.flatnonzero(~first.signal)[: max(0, config.groups - len(kept))]
-    kept += [
-        jax.tree.map(lambda x, g=g: x[g * size : (g + 1) * size], first.batch)
-        for g in idle
-    ]
+
+    assert config.rounds is not None
+    first = respond(config, graph, state, reference, step, 0)
+    kept, rounds = groups(first, signal=True), 1
+    while len(kept) < config.groups and rounds < config.rounds:
+        more = respond(config, graph, state, reference, step, rounds)
+        kept, rounds = kept + groups(more, signal=True), rounds + 1
+    kept += groups(first, signal=False)
     batch = jax.tree.map(lambda *x: np.concatenate(x), *kept[: config.groups])
     signal = float(first.signal.mean())
     return batch, {**first.metrics, "signal": signal, "rounds": rounds}
