@@ -59,6 +59,8 @@ KNOWN = {
     "adamuon": {"peak": 2.0},
     "hopper": {"right": 0.75, "lead": 50, "last": 50},
     "hopper, then adam": {"right": 0.72},
+    "raw, 1 step": {"right": 0.71},
+    "raw, 5 steps": {"right": 0.6, "lead": 0},
 }
 
 
@@ -83,12 +85,12 @@ def test_every_arm_has_the_same_number_of_rates_and_seeds():
         assert len(set(mine)) == 6
         assert max(mine) / min(mine) == pytest.approx(32, rel=0.02)
         assert np.sqrt(max(mine) * min(mine)) == pytest.approx(middle, rel=0.02)
-    with pytest.raises(ValueError, match="60 of 60 runs of `rates`"):
+    with pytest.raises(ValueError, match="66 of 66 runs of `rates`"):
         study.jobs_of("finals", 1, [])
     runs = known_runs()
     with pytest.raises(ValueError, match="`rates` with 4 epochs are missing"):
         study.jobs_of("finals", 4, runs)
-    with pytest.raises(ValueError, match="1 of 60 runs"):
+    with pytest.raises(ValueError, match="1 of 66 runs"):
         study.jobs_of("finals", 1, runs[1:])
     finals = study.jobs_of("finals", 1, runs)
     for arm, (_, _, middle) in study.ARMS.items():
@@ -102,6 +104,16 @@ def test_every_arm_has_the_same_number_of_rates_and_seeds():
     assert (config.optimizer, config.then) == ("hopper", "adam")
     assert config.then_lr == study.best_rates(runs, 1)["adam"]
     assert config.seed == config.base_seed == 1
+    (rate,) = {job["learning_rate"] for job in finals if "raw" in job["arm"]}
+    assert rate == study.best_rates(runs, 1)["raw, 5 steps"]
+    one = next(job for job in finals if job["arm"] == "raw, 1 step")
+    config = study.config_of(one)
+    assert config.settings == {"orthogonalize": {"steps": 1}, **study.RAW}
+    assert (config.steps, config.eval_every) == (200, 25)
+    four = study.jobs_of("rates", 4, [])
+    assert len(four) == 36 and {job["steps"] for job in four} == {100}
+    with pytest.raises(ValueError, match="`long` is for 1 epoch, got 4"):
+        study.jobs_of("long", 4, [{**job, "loss": 0.3} for job in four])
     long = study.jobs_of("long", 1, runs)
     assert {(job["arm"], job["steps"]) for job in long} == {
         (arm, 600) for arm in study.LONG_ARMS
@@ -123,6 +135,7 @@ def test_answers_are_those_of_known_runs(tmp_path):
         *("yes", "yes", "yes", "yes", "yes"),  # spikes; SGD is smooth, and last
         *("yes", "yes"),  # variance calms
         *("yes", "yes"),  # one step is better, with less nonsense
+        *("yes", "no"),  # at one rate: better, but later
         "yes",  # twice as fast
         *("yes", "yes", "yes"),  # parallel before arithmetic
         *("yes", "yes", "yes"),  # late decline
@@ -132,17 +145,21 @@ def test_answers_are_those_of_known_runs(tmp_path):
     np.testing.assert_allclose(measured[0], 0.2, rtol=1e-6)
     np.testing.assert_allclose(measured[2], 1.5, rtol=1e-6)
     np.testing.assert_allclose(measured[4:7], [-0.2, -0.15, -0.25], rtol=1e-6)
-    np.testing.assert_allclose(measured[11], 50 / 150, rtol=1e-2)
-    np.testing.assert_allclose(measured[12:15], [50, 20, 30], rtol=1e-6)
-    np.testing.assert_allclose(measured[15:18], [-0.047] * 3, rtol=0.02)
-    np.testing.assert_allclose(measured[18], -0.03, rtol=1e-6)
+    np.testing.assert_allclose(measured[11], 0.11, rtol=1e-6)
+    np.testing.assert_allclose(measured[13], 50 / 150, rtol=1e-2)
+    np.testing.assert_allclose(measured[14:17], [50, 20, 30], rtol=1e-6)
+    np.testing.assert_allclose(measured[17:20], [-0.047] * 3, rtol=0.02)
+    np.testing.assert_allclose(measured[20], -0.03, rtol=1e-6)
     with pytest.raises(ValueError, match="continue the study until"):
         report.answers_of([r for r in runs if (r["arm"], r["seed"]) != ("muon", 3)])
     lines = report.arms_of(runs).splitlines()
-    assert len(lines) == 2 + len(study.ARMS) + 1
+    assert len(lines) == 2 + len(study.ARMS) + len(study.SAME_RATE) + 1
     assert lines[2].startswith("| hopper | 0.0002 | 0.753 ± 0.002 | +0.050 ± 0.000 |")
     assert "| hopper, then adam | 0.0002, 0.0002 |" in "\n".join(lines)
     assert report.rates_of(runs).count("\n") == 1 + len(study.ARMS)
+    with_4 = [{**r, "epochs": 4} for r in runs if r["arm"].split(",")[0] != "raw"]
+    with_4 = [r for r in with_4 if r["phase"] != "long"]
+    assert len(report.answers_of(with_4)) == len(answers) - 2 - 3
     report.plot(runs, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 

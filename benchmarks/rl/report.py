@@ -19,6 +19,7 @@ from benchmarks.convergence.claims_report import Answer, judge, table
 from benchmarks.convergence.evidence import difference, steps_to
 from benchmarks.jobs import Job, read
 from benchmarks.rl.study import LONG, LONG_ARMS, STEPS, best_rates
+from examples.rl.task import KINDS
 
 RULE = {"confidence": 0.95, "margin": 0.01}
 ARITHMETIC, PARALLEL = ("sum", "age", "two"), ("par_easy", "par_hard")
@@ -91,6 +92,11 @@ def half_gain(run: Job, kinds: Sequence[str]) -> float:
     if last - first < 0.05:
         return run["validation"][-1]["step"]
     return reaches(run, value, (first + last) / 2)
+
+
+def to_half(run: Job) -> float:
+    """The step at which all problems have made half of what they gain."""
+    return half_gain(run, KINDS)
 
 
 def lead(run: Job) -> float:
@@ -206,6 +212,14 @@ def answers_of(runs: Sequence[Job]) -> list[Answer]:
             "share of nonsense, 1 less 5",
             less("hopper", "hopper, 5 steps", nonsense),
             **below,
+        ),
+        *(
+            judge(f"{one}, at one learning rate", what, found, **where)
+            for what, measure, where in (
+                (f"{right}, 1 less 5, RMS not matched", accuracy, above),
+                ("steps to half of the gain, 1 less 5", to_half, below),
+            )
+            if (found := less("raw, 1 step", "raw, 5 steps", measure))
         ),
         judge(
             "Hopper learns about twice as fast as Adam",

@@ -6,10 +6,12 @@
     python -m benchmarks.rl.study rates --epochs 4 --out RUNS_4.jsonl
 
 `rates` tries the same number of learning rates for every arm, on seed 0. `finals`
-trains each arm at its best rate on seeds 1 to 5, which the choice has not seen, and
-Hopper that is followed by Adam, both at their best rates. `long` trains three times as
-long. Every seed has a base of its own. Each line of the file is a run; the same command
-continues it.
+trains each arm at its best rate on seeds 1 to 5, which the choice has not seen; Hopper
+that is followed by Adam, both at their best rates; and fewer Newton-Schulz steps at the
+best rate of five, without the RMS match, which makes them shorter too. `long` trains
+three times as long. With 4 epochs, in which clipping acts, there are fewer arms and
+half the steps. Every seed has a base of its own. Each line of the file is a run; the
+same command continues it.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import jobs
 from benchmarks.jobs import Job
@@ -25,12 +27,24 @@ from examples.nanogpt import record
 from examples.rl import configs, train
 
 STEPS, LONG = 200, 600
+BASE_STEPS = 450  # the base knows the words, and leaves arithmetic to learn
 SEARCH_SEED, SEEDS = 0, (1, 2, 3, 4, 5)
 # Six learning rates over one and a half decades, relative to the arm's middle one.
 FACTORS = tuple(2.0**k for k in (-2.5, -1.5, -0.5, 0.5, 1.5, 2.5))
-# The optimizer of each arm, its settings, and its middle learning rate. All updates of
-# matrices but SGD's have the RMS of Adam's.
-ARMS: Mapping[str, tuple[str, Mapping[str, Any], float]] = {
+Arm = tuple[str, Mapping[str, Any], float]
+
+
+def steps(count: int, rate: float, **settings: Any) -> Arm:
+    """Returns Hopper with a number of Newton-Schulz steps."""
+    return "hopper", {"orthogonalize": {"steps": count}, **settings}, rate
+
+
+# Adam's direction and then Newton-Schulz, as it is: here the norm after five steps is
+# three times that after one.
+RAW = {"variance": "pre", "rms": None}
+# The optimizer of each arm, its settings, and its middle learning rate. The updates of
+# matrices have the RMS of Adam's, but for those of SGD and of "raw" arms.
+ARMS: Mapping[str, Arm] = {
     "sgd": ("sgd", {}, 1e-2),
     "adam": ("adam", {}, 1.4e-4),
     "muon": ("muon", {}, 2e-4),
@@ -38,11 +52,32 @@ ARMS: Mapping[str, tuple[str, Mapping[str, Any], float]] = {
     "hopper": ("hopper", {}, 1.4e-4),
     "hopper, pre": ("hopper", {"variance": "pre"}, 1.4e-4),
     "hopper, 0 steps": ("hopper", {"orthogonalize": None}, 1.4e-4),
-    "hopper, 2 steps": ("hopper", {"orthogonalize": {"steps": 2}}, 1.4e-4),
-    "hopper, 3 steps": ("hopper", {"orthogonalize": {"steps": 3}}, 2e-4),
-    "hopper, 5 steps": ("hopper", {"orthogonalize": {"steps": 5}}, 2e-4),
+    "hopper, 2 steps": steps(2, 1.4e-4),
+    "hopper, 3 steps": steps(3, 2e-4),
+    "hopper, 5 steps": steps(5, 2e-4),
+    "raw, 5 steps": steps(5, 2e-4, **RAW),
+}
+# Trained at the best rate of "raw, 5 steps".
+SAME_RATE: Mapping[str, Arm] = {
+    f"raw, {count} step{'s' * (count > 1)}": steps(count, 2e-4, **RAW)
+    for count in (1, 2, 3)
 }
 LONG_ARMS = ("adam", "muon", "hopper")
+
+
+class Setting(NamedTuple):
+    """What is compared with some number of epochs."""
+
+    arms: Sequence[str]
+    steps: int
+    eval_every: int
+
+
+FEW = ("sgd", "adam", "muon", "adamuon", "hopper", "hopper, 5 steps")
+SETTINGS: Mapping[int, Setting] = {
+    1: Setting(tuple(ARMS), STEPS, 25),
+    4: Setting(FEW, STEPS // 2, 10),
+}
 # Measures of each step that are kept, as means and maxima of ten steps each.
 KEPT = (
     *("correct", "nonsense", "entropy", "kl_k1", "kl_k3", "kl_p99", "kl_largest"),
@@ -63,12 +98,13 @@ def best_rates(runs: Sequence[Job], epochs: int) -> dict[str, float]:
 
 def jobs_of(phase: str, epochs: int, runs: Sequence[Job]) -> list[Job]:
     """Returns the runs of a phase, given those before it."""
-    basic = {"phase": phase, "epochs": epochs, "steps": STEPS}
+    arms = SETTINGS[epochs].arms
+    basic = {"phase": phase, "epochs": epochs, "steps": SETTINGS[epochs].steps}
     if phase == "rates":
         return [
             {**basic, "arm": arm, "learning_rate": rate, "seed": SEARCH_SEED}
-            for arm, (_, _, middle) in ARMS.items()
-            for rate in (float(f"{middle * factor:.3g}") for factor in FACTORS)
+            for arm in arms
+            for rate in (float(f"{ARMS[arm][2] * factor:.3g}") for factor in FACTORS)
         ]
     rates = jobs_of("rates", epochs, [])
     missing = [r for r in rates if not any(r.items() <= run.items() for run in runs)]
@@ -80,11 +116,15 @@ def jobs_of(phase: str, epochs: int, runs: Sequence[Job]) -> list[Job]:
     best = best_rates(runs, epochs)
     chosen = {arm: {"learning_rate": rate} for arm, rate in best.items()}
     if phase == "long":
+        if epochs != 1:
+            raise ValueError(f"`long` is for 1 epoch, got {epochs}")
         basic["steps"] = LONG
         chosen = {arm: chosen[arm] for arm in LONG_ARMS}
     else:
         both = {"learning_rate": best["hopper"], "then_rate": best["adam"]}
         chosen["hopper, then adam"] = both
+        if "raw, 5 steps" in chosen:
+            chosen |= dict.fromkeys(SAME_RATE, chosen["raw, 5 steps"])
     return [
         {**basic, "arm": arm, **rates, "seed": seed}
         for arm, rates in chosen.items()
@@ -94,7 +134,8 @@ def jobs_of(phase: str, epochs: int, runs: Sequence[Job]) -> list[Job]:
 
 def config_of(job: Job) -> configs.Config:
     """Returns the configuration of a run."""
-    optimizer, settings, _ = ARMS[job["arm"].removesuffix(", then adam")]
+    arm = job["arm"].removesuffix(", then adam")
+    optimizer, settings, _ = {**ARMS, **SAME_RATE}[arm]
     config = configs.Config(
         optimizer=optimizer,
         settings=dict(settings),
@@ -102,6 +143,8 @@ def config_of(job: Job) -> configs.Config:
         steps=job["steps"],
         epochs=job["epochs"],
         seed=job["seed"],
+        eval_every=SETTINGS[job["epochs"]].eval_every,
+        base_steps=BASE_STEPS,
         base_seed=job["seed"],
         quiet=True,
     )
@@ -149,7 +192,13 @@ def main() -> None:
     )
     parser.add_argument("phase", choices=("rates", "finals", "long"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=1, help="passes over responses")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=1,
+        choices=SETTINGS,
+        help="passes over the responses of a step",
+    )
     parser.add_argument("--workers", type=int, default=2, help="concurrent processes")
     given = parser.parse_args()
     try:
