@@ -394,6 +394,12 @@ def test_accuracy_and_passes_are_those_of_known_responses(tiny, monkeypatch):
     found = evaluate.greedy(None, None, problems)  # type: ignore
     assert found["by_kind"] == {kind: 0.5 for kind in task.KINDS}
     assert found["all"] == 0.5 and found["nonsense"] == 0.5
+    by_verb = {v: [] for p in problems for v in task.PARALLEL if v in p.prompt.split()}
+    for place, problem in enumerate(problems):
+        for verb in set(by_verb) & set(problem.prompt.split()):
+            by_verb[verb].append(place % 2 == 0)
+    assert found["by_verb"] == {v: np.mean(right) for v, right in by_verb.items()}
+    assert 2 <= len(by_verb) <= 4
     asked.clear()
     how = {"seed": 0, "temperature": 1.0, "k": 4}
     found = evaluate.sampled(None, None, problems, **how)  # type: ignore

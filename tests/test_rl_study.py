@@ -41,6 +41,7 @@ def finished(job, *, right=0.7, entropy=0.1, peak=1.5, lead=50, late=0.0, last=1
     measures["correct"] = {"mean": rising, "max": rising}
     measures["kl_k1"] = {"mean": flat, "max": [*flat[1:], 0.1 * (peak + noise)]}
     best = {**score(right + noise), "pass@8": {"all": 0.9}}
+    best["by_verb"] = {"dry": 0.9, "boil": right, "rust": 0.5}
     return {
         **job,
         **{
@@ -155,6 +156,7 @@ def test_answers_are_those_of_known_runs(tmp_path):
     lines = report.arms_of(runs).splitlines()
     assert len(lines) == 2 + len(study.ARMS) + len(study.SAME_RATE) + 1
     assert lines[2].startswith("| hopper | 0.0002 | 0.753 ± 0.002 | +0.050 ± 0.000 |")
+    assert "| 0.800 | 2.0 | 0.900 |" in lines[2]  # seq, verbs, pass@8
     assert "| hopper, then adam | 0.0002, 0.0002 |" in "\n".join(lines)
     assert report.rates_of(runs).count("\n") == 1 + len(study.ARMS)
     with_4 = [{**r, "epochs": 4} for r in runs if r["arm"].split(",")[0] != "raw"]

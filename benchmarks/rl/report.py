@@ -39,6 +39,11 @@ def nonsense(run: Job) -> float:
     return run["best"]["nonsense"]
 
 
+def verbs(run: Job) -> float:
+    """The number of parallel verbs that the best policy mostly gets right."""
+    return sum(share > 0.5 for share in run["best"]["by_verb"].values())
+
+
 def decline(run: Job) -> float:
     """What validation loses after the usual length of a run, by its last 100 steps.
 
@@ -270,15 +275,9 @@ def arms_of(runs: Sequence[Job]) -> str:
         }
         for arm in best
     }
-    heads = [
-        "arm",
-        "learning rate",
-        "right ± σ",
-        "less Adam's",
-        "verdict",
-        "arithmetic",
-    ]
-    heads += ["par_hard", "seq", "pass@8", "nonsense", "entropy", "KL", "update RMS"]
+    heads = ["arm", "learning rate", "right ± σ", "less Adam's", "verdict"]
+    heads += ["arithmetic", "par_hard", "seq", "verbs", "pass@8", "nonsense"]
+    heads += ["entropy", "KL", "update RMS"]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for arm, mine in sorted(finals.items(), key=lambda x: -_mean(accuracy, x[1])):
         rates = [mine[0]["learning_rate"], mine[0].get("then_rate")]
@@ -298,6 +297,7 @@ def arms_of(runs: Sequence[Job]) -> str:
         cells = [arm, rate + "*" * edge]
         cells += [f"{statistics.mean(shares):.3f} ± {statistics.stdev(shares):.3f}"]
         cells += [less, verdict, *(f"{share:.3f}" for share in by_kind)]
+        cells += [f"{_mean(verbs, mine):.1f}"]
         cells += [f"{_mean(lambda r: r['best']['pass@8']['all'], mine):.3f}"]
         cells += [f"{_mean(nonsense, mine):.3f}"]
         cells += [f"{_mean(at_end(name), mine):.2g}" for name in ("entropy", "kl_k3")]

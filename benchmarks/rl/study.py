@@ -40,7 +40,7 @@ def steps(count: int, rate: float, **settings: Any) -> Arm:
 
 
 # Adam's direction and then Newton-Schulz, as it is: here the norm after five steps is
-# three times that after one.
+# about three times that after one.
 RAW = {"variance": "pre", "rms": None}
 # The optimizer of each arm, its settings, and its middle learning rate. The updates of
 # matrices have the RMS of Adam's, but for those of SGD and of "raw" arms.

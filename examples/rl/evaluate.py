@@ -61,12 +61,21 @@ def summary(by_kind: Mapping[str, float]) -> float:
 def greedy(
     graph: nnx.GraphDef, params: nnx.State, problems: Sequence[Problem]
 ) -> dict[str, Any]:
-    """Returns accuracy and the share of nonsense, of the most probable responses."""
+    """Returns accuracy and the share of nonsense, of the most probable responses.
+
+    Accuracy is by kind, by the verb of parallel problems, and in all.
+    """
     texts = respond(graph, params, problems)
     grades = [grade(text, p) for text, p in zip(texts, problems, strict=True)]
     correct = np.array([g.correct for g in grades])
     nonsense = float(np.mean([g.nonsense for g in grades]))
-    return {**_shares(correct, problems), "nonsense": nonsense}
+    of_verb: dict[str, list[bool]] = {}
+    for problem, right in zip(problems, correct, strict=True):
+        if problem.kind.startswith("par"):
+            verb = next(w for w in problem.prompt.split() if w in task.PARALLEL)
+            of_verb.setdefault(verb, []).append(right)
+    by_verb = {verb: float(np.mean(found)) for verb, found in sorted(of_verb.items())}
+    return {**_shares(correct, problems), "by_verb": by_verb, "nonsense": nonsense}
 
 
 def _shares(right: np.ndarray, problems: Sequence[Problem]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ OBJECTS = OBJECTS.split()
 UNITS = "minutes hours days".split()
 PAR_EASY = "dry boil melt freeze bake cook".split()
 PAR_HARD = "ripen cool grow heal rust thaw".split()
+PARALLEL = (*PAR_EASY, *PAR_HARD)
 SEQUENTIAL = "wash print type pack sign read mend carve stamp weigh label fold".split()
 
 WORD = re.compile(r"[a-z]+|\S")
