@@ -23,7 +23,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # beside XLA's, which slows both: see benchmarks/README.md.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: nanogpt rl search test test-lowest test-newest lint format wheel clean
+.PHONY: nanogpt rl search docs test test-lowest test-newest lint format wheel clean
 
 nanogpt: $(VENV)/.examples$(ACCELERATOR)
 	$(BIN)/python -m examples.nanogpt.train --config tiny $(ARGS)
@@ -35,6 +35,11 @@ rl: $(VENV)/.examples$(ACCELERATOR)
 # Ten minutes, and what to try next: see benchmarks/convergence/search.py.
 search: $(VENV)/.bench$(ACCELERATOR)
 	$(BIN)/python -m benchmarks.convergence.search $(ARGS)
+
+# The documentation, in build/docs/index.html. Warnings are errors.
+docs: $(VENV)/.docs$(ACCELERATOR)
+	$(BIN)/sphinx-build --fail-on-warning --nitpicky --quiet docs build/docs
+	@echo "open build/docs/index.html"
 
 test: $(VENV)/.tests$(ACCELERATOR)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

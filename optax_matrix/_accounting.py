@@ -51,7 +51,7 @@ def describe_placement(
       A description with one row per group of matrices and totals; print it for a table.
 
     Raises:
-      TypeError: If `method` has no formula for its FLOPs.
+      TypeError: If ``method`` has no formula for its FLOPs.
       ValueError: As `route`; and if a sharding does not divide its leaf.
 
     Example:
@@ -196,20 +196,21 @@ def describe_state(
 
     It works for any optimizer, of this library or not: the bytes of a leaf are those of
     the state of a tree in which every other leaf is an empty node, less those of a tree
-    in which all leaves are. `init` is traced once per leaf, and nothing is allocated.
+    in which all leaves are. ``init`` is traced once per leaf, and nothing is allocated.
 
     Args:
       optimizer: The optimizer.
-      params: The whole tree of parameters, or of their `jax.ShapeDtypeStruct`s.
+      params: The whole tree of parameters, or of their shapes and dtypes as
+        `jax.ShapeDtypeStruct`.
 
     Returns:
       A description with one row per leaf and totals; print it for a table. Bytes are
       those of the whole state over all devices, without counting copies.
 
     Raises:
-      TypeError: If `optimizer` is not an `optax.GradientTransformation`.
-      ValueError: If `params` has no leaves.
-      Exception: Whatever `optimizer.init` raises, with a note of the leaves it was
+      TypeError: If ``optimizer`` is not an `optax.GradientTransformation`.
+      ValueError: If ``params`` has no leaves.
+      Exception: Whatever ``optimizer.init`` raises, with a note of the leaves it was
         given. Some optimizers need all leaves, such as `optax.flatten` and
         `optax.lbfgs`.
 

@@ -25,13 +25,13 @@ def hessian_vector_product(
     Args:
       loss: A function of the parameters that returns a number.
       params: :math:`\theta`, a tree of real floating arrays.
-      vector: :math:`v`, with the structure, shapes and dtypes of `params`.
+      vector: :math:`v`, with the structure, shapes and dtypes of ``params``.
 
     Returns:
-      :math:`H v`, a tree like `params`.
+      :math:`H v`, a tree like ``params``.
 
     Raises:
-      ValueError: If `vector` has another structure than `params`.
+      ValueError: If ``vector`` has another structure than ``params``.
 
     References:
       Pearlmutter, 1994, "Fast exact multiplication by the Hessian".
@@ -77,11 +77,11 @@ def newton_step(
         step where the curvature is small.
 
     Returns:
-      The step, a tree like `params`, to be added (`optax.apply_updates`). It is huge or
-      not finite if the matrix is singular.
+      The step, a tree like ``params``, to be added (`optax.apply_updates`). It is huge
+      or not finite if the matrix is singular.
 
     Raises:
-      ValueError: If `damping` is a negative number.
+      ValueError: If ``damping`` is a negative number.
 
     Example:
       >>> import jax.numpy as jnp

@@ -19,7 +19,7 @@ def evaluation_params(state: optax.OptState, params: optax.Params) -> optax.Para
 
     `ema_lookahead` and `tail_average` train other parameters than those to evaluate. To
     resume a run, save the trained ones and the state. For the state of an optimizer
-    without a wrapper the result is `params`.
+    without a wrapper the result is ``params``.
 
     Args:
       state: The state of the whole optimizer after an update, with the types that it
@@ -28,7 +28,7 @@ def evaluation_params(state: optax.OptState, params: optax.Params) -> optax.Para
       params: The parameters after the same update.
 
     Returns:
-      Parameters with the types of `params`.
+      Parameters with the types of ``params``.
 
     Raises:
       ValueError: If several parts of the optimizer are wrapped, or a part that does not

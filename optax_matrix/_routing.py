@@ -156,7 +156,7 @@ def route(params: Any, routing: Routing = None) -> Any:
     """Decides for every leaf whether it takes the matrix or the auxiliary optimizer.
 
     By default, Flax's names and shapes decide. Embeddings, output heads, biases, norms,
-    routers and all leaves with fewer than two axes are auxiliary; a `kernel` is a
+    routers and all leaves with fewer than two axes are auxiliary; a ``kernel`` is a
     matrix. A kernel with three or more axes needs evidence of how to read them: the
     name of its module (attention, convolution, dense, experts), the shape of the bias
     beside it, or norms around it that show the axes of a stack of layers. Other names
@@ -175,11 +175,11 @@ def route(params: Any, routing: Routing = None) -> Any:
         leaves with fewer than two axes stay auxiliary.
 
     Returns:
-      A tree like `params` with a `MatrixLayout` or the string "auxiliary" per leaf.
+      A tree like ``params`` with a `MatrixLayout` or the string "auxiliary" per leaf.
 
     Raises:
       ValueError: If leaves are ambiguous (the error lists them), a label is invalid,
-        `routing` does not match `params`, or a layout does not fit its leaf.
+        ``routing`` does not match ``params``, or a layout does not fit its leaf.
 
     Example:
       >>> params = {"Dense_0": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
@@ -215,10 +215,11 @@ def partition(
 ) -> optax.GradientTransformationExtraArgs:
     """Applies one optimizer to the matrices and another to all other leaves.
 
-    The whole tree is routed whenever `init` or `update` is traced, using only paths and
-    shapes. So the boxed parameters that `flax.nnx.Optimizer` passes to `init` and the
-    bare ones that it passes to `update` get the same labels. Inside `optax.masked` or
-    another `optax.partition`, masked leaves provide no evidence: pass `routing` there.
+    The whole tree is routed whenever ``init`` or ``update`` is traced, using only paths
+    and shapes. So the boxed parameters that `flax.nnx.Optimizer` passes to ``init`` and
+    the bare ones that it passes to ``update`` get the same labels. Inside
+    `optax.masked` or another `optax.partition`, masked leaves provide no evidence: pass
+    ``routing`` there.
 
     Args:
       matrix: Takes the layout of the matrices, to be passed on as ``layout``, and
@@ -231,8 +232,8 @@ def partition(
       "auxiliary".
 
     Raises:
-      ValueError: At `init`, under the conditions of `route`, or if no leaf is a matrix
-        and the tree is neither empty nor partly masked.
+      ValueError: At ``init``, under the conditions of `route`, or if no leaf is a
+        matrix and the tree is neither empty nor partly masked.
     """
 
     def delegate(tree: Any) -> optax.GradientTransformationExtraArgs:

@@ -258,11 +258,11 @@ def largest_curvature(
     Returns:
       The estimates, and how far the largest one is at most from an eigenvalue. The
       largest is never above the true one but for rounding, and the smallest never
-      below it. Exact if `steps` is at least the number of distinct eigenvalues.
+      below it. Exact if ``steps`` is at least the number of distinct eigenvalues.
 
     Raises:
-      TypeError: If `steps` is not an int.
-      ValueError: If `steps` is below 1.
+      TypeError: If ``steps`` is not an int.
+      ValueError: If ``steps`` is below 1.
 
     References:
       Lanczos, 1950; Golub and Van Loan, Matrix Computations, chapter 10.

@@ -27,7 +27,7 @@ class MatrixLayout:
     The default reads a Flax kernel, (..., in, out): the last two axes are one matrix
     and leading axes are a batch of independent ones. Several axes on a side are
     flattened in the order given. A fused kernel is several matrices side by side,
-    which `split_inputs` and `split_outputs` separate.
+    which ``split_inputs`` and ``split_outputs`` separate.
 
     A layout is not a pytree: `jax.tree` sees it as a leaf.
 

@@ -106,29 +106,30 @@ def tree_map(
     *rest: Any,
     keep_boxes: bool = True,
 ) -> Any:
-    """Maps `fn(view, leaf, *rest_leaves)` over the leaves of `tree`.
+    """Maps ``fn(view, leaf, *rest_leaves)`` over the leaves of ``tree``.
 
-    Empty nodes of `tree` (None, `optax.MaskedNode`) stay as they are, whatever `layout`
-    has for them.
+    Empty nodes of ``tree`` (None, `optax.MaskedNode`) stay as they are, whatever
+    ``layout`` has for them.
 
     Args:
-      fn: Takes the `MatrixView` of a leaf, the leaf, and what `rest` has at the leaf.
+      fn: Takes the `MatrixView` of a leaf, the leaf, and what ``rest`` has at the leaf.
       layout: Which axes of a leaf are the matrix: a `MatrixLayout` for all leaves, None
         for the last two axes, or what `partition` passes to its optimizer.
       tree: The tree to map over.
-      *rest: Trees with the structure of `tree`, boxed or not, or with subtrees at its
+      *rest: Trees with the structure of ``tree``, boxed or not, or with subtrees at its
         leaves.
-      keep_boxes: Whether results go into the boxes that the leaves of `tree` are in
-        (Flax's `Variable` and `Partitioned`). A box has the sharding of its parameter:
-        state of another shape is kept without it.
+      keep_boxes: Whether results go into the boxes that the leaves of ``tree`` are in
+        (Flax's ``Variable`` and ``Partitioned``). A box has the sharding of its
+        parameter: state of another shape is kept without it.
 
     Returns:
-      A tree with the structure of `tree`.
+      A tree with the structure of ``tree``.
 
     Raises:
-      TypeError: If an entry of `layout` is not a layout, or a leaf is not real
+      TypeError: If an entry of ``layout`` is not a layout, or a leaf is not real
         floating.
-      ValueError: If `layout` does not match `tree`, or a layout does not fit its leaf.
+      ValueError: If ``layout`` does not match ``tree``, or a layout does not fit its
+        leaf.
 
     Example:
       >>> def sums(view, leaf):

@@ -59,7 +59,7 @@ class MatrixView:
         return self._batch_size * len(self.input_widths) * len(self.output_widths)
 
     def to_stacks(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns the matrices of `x` as one (count, m, n) stack per distinct (m, n).
+        """Returns the matrices of ``x`` as one (count, m, n) stack per distinct (m, n).
 
         Within a stack the leaf's batch index is the slowest, then the input block,
         then the output block.
@@ -92,7 +92,7 @@ class MatrixView:
         return tuple(stacks)
 
     def from_stacks(self, stacks: Sequence[jax.Array]) -> jax.Array:
-        """Returns the leaf whose `to_stacks` is `stacks`: the exact inverse."""
+        """Returns the leaf whose `to_stacks` is ``stacks``: the exact inverse."""
         shapes = tuple(tuple(stack.shape) for stack in stacks)
         if shapes != self.matrices:
             raise ValueError(f"Expected stacks {self.matrices}, got {shapes}.")
@@ -124,10 +124,10 @@ class MatrixView:
         return x
 
     def apply(self, fn: Callable[..., jax.Array], *xs: jax.Array) -> jax.Array:
-        """Applies `fn`, (count, m, n) -> (count, m, n), to every stack of the leaves.
+        """Applies ``fn``, (count, m, n) -> (count, m, n), to every stack of the leaves.
 
         Args:
-          fn: Takes one stack per leaf of `xs`.
+          fn: Takes one stack per leaf of ``xs``.
           *xs: Arrays of the view's shape.
 
         Returns:
@@ -147,7 +147,7 @@ class MatrixView:
         return sides
 
     def sum(self, x: jax.Array, inputs: bool = True, outputs: bool = True) -> jax.Array:
-        """Sums `x` over the input and/or output axes within each matrix.
+        """Sums ``x`` over the input and/or output axes within each matrix.
 
         Args:
           x: Array of the view's shape.
@@ -155,7 +155,7 @@ class MatrixView:
           outputs: Whether to sum over the output axes.
 
         Returns:
-          Array of the leaf's rank and `x`'s dtype. A summed axis has size 1, or the
+          Array of the leaf's rank and ``x``'s dtype. A summed axis has size 1, or the
           number of blocks where that side is split. `expand` brings it back.
 
         Sharding:
@@ -167,7 +167,7 @@ class MatrixView:
     def gathered(
         self, x: jax.Array, inputs: bool = True, outputs: bool = True
     ) -> jax.Array:
-        """Returns `x` as `sum` over these axes needs it, for several such sums.
+        """Returns ``x`` as `sum` over these axes needs it, for several such sums.
 
         Axes that are split are gathered.
         """

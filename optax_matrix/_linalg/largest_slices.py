@@ -26,13 +26,13 @@ class LargestSlices:
     places. Equal sums are taken in order, and NaN counts as largest.
 
     Args:
-      fraction: The share of the slices, in (0, 1]. 1 is `method` itself.
+      fraction: The share of the slices, in (0, 1]. 1 is ``method`` itself.
       method: How to orthogonalize the smaller matrix, as in `orthogonalize`; by default
         five steps of Polar Express, as in Dion2.
 
     Raises:
-      ValueError: If `fraction` is not in (0, 1], or for an unknown method.
-      TypeError: If `fraction` is not a Python number, or `method` is not a method.
+      ValueError: If ``fraction`` is not in (0, 1], or for an unknown method.
+      TypeError: If ``fraction`` is not a Python number, or ``method`` is not a method.
 
     Example:
       >>> x = jnp.array([[4.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
@@ -77,7 +77,7 @@ class LargestSlices:
 
     @property
     def flops(self) -> Callable[..., int]:
-        """The FLOPs of the smaller matrix; missing if `method` has no formula."""
+        """The FLOPs of the smaller matrix; missing if ``method`` has no formula."""
         method: Any = self.method
         inner = method.flops
         return lambda m, n, *rest: inner(max(m, n), self._count(m, n), *rest)

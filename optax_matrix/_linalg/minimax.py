@@ -21,8 +21,8 @@ def polar_express_rows(lower_bound: float, steps: int) -> Rows:
     before it leave,
 
     .. math::
-      p_k = \arg\min_p \max_{\sigma \in [\ell_k, u_k]} |1 - p(\sigma)|, \qquad
-      [\ell_{k+1}, u_{k+1}] = [p_k(\ell_k), 2 - p_k(\ell_k)], \quad u_0 = 1,
+      p_k = \operatorname{argmin}_p \max_{\sigma \in [\ell_k, u_k]} |1 - p(\sigma)|,
+      \qquad [\ell_{k+1}, u_{k+1}] = [p_k(\ell_k), 2 - p_k(\ell_k)], \quad u_0 = 1,
 
     and so is their composition among all compositions of that many odd quintics. Values
     below :math:`\ell_0` are mapped to between 0 and :math:`\ell_k`.
@@ -52,7 +52,7 @@ def polar_express_rows(lower_bound: float, steps: int) -> Rows:
 
     Raises:
       ValueError: If an argument is out of range.
-      TypeError: If `steps` is not an int, or `lower_bound` not a number.
+      TypeError: If ``steps`` is not an int, or ``lower_bound`` not a number.
 
     References:
       Amsel et al., 2025, Polar Express, `arXiv:2505.16932

@@ -56,7 +56,7 @@ class NewtonSchulz:
     Args:
       steps: Number of steps, at least 1; fewer orthogonalize less. None is the table's
         own number: 5 for ``"jordan"``. A count that the table does not define raises.
-      coefficients: A key of `coefficients.TABLES`, or rows ``(a, b, c)``.
+      coefficients: A key of ``coefficients.TABLES``, or rows ``(a, b, c)``.
       method: ``"plain"``, ``"gram"``, or ``"auto"`` for the one with fewer FLOPs.
       safety: s ≥ 1 of ``(a/s, b/s³, c/s⁵)`` on all rows but the table's last, for
         ``"polar_express"`` (None is 1.01) and ``"cans"`` (None is 1, as published;
@@ -70,7 +70,7 @@ class NewtonSchulz:
 
     Raises:
       ValueError: If an argument is not one of the above.
-      TypeError: If `steps` is not an int.
+      TypeError: If ``steps`` is not an int.
 
     Example:
       >>> import jax.numpy as jnp
@@ -79,7 +79,7 @@ class NewtonSchulz:
       [[1. 0. 0.]
        [0. 1. 0.]]
 
-    See `newton_schulz.newton_schulz` for the mathematics, cost and references.
+    See ``newton_schulz.newton_schulz`` for the mathematics, cost and references.
     """
 
     steps: int | None = None
@@ -112,7 +112,7 @@ class NewtonSchulz:
         return self._normalization != "aol"
 
     def polar(self, x: Array) -> Array:
-        """Orthogonalizes each matrix of (..., m, n); see `newton_schulz`."""
+        """Orthogonalizes each matrix of (..., m, n); see ``newton_schulz``."""
         return newton_schulz(
             x,
             self.rows,
@@ -129,7 +129,7 @@ class NewtonSchulz:
         dtype: DTypeLike = "float32",
         backend: str | None = None,
     ) -> int:
-        """Returns the FLOPs of one m×n matrix; see `newton_schulz_flops`.
+        """Returns the FLOPs of one m×n matrix; see ``newton_schulz_flops``.
 
         Args:
           m: One side.
@@ -181,7 +181,7 @@ class Exact:
       [[0. 1. 0.]
        [0. 0. 0.]]
 
-    See `exact.exact_polar` for the mathematics, cost and references.
+    See ``exact.exact_polar`` for the mathematics, cost and references.
     """
 
     transposable: ClassVar[bool] = True
@@ -195,7 +195,7 @@ class Exact:
         numerics.store_types(self, self.dtype, self.precision, FACTORIZABLE)
 
     def polar(self, x: Array) -> Array:
-        """Orthogonalizes each matrix of (..., m, n); see `exact_polar`."""
+        """Orthogonalizes each matrix of (..., m, n); see ``exact_polar``."""
         return exact_polar(
             x,
             method=self.method,

@@ -98,9 +98,10 @@ class Halley(_Rational):
       precision: Precision of the matmuls, as in `NewtonSchulz`.
 
     Raises:
-      ValueError: If an argument is not one of the above; in `polar` and `factor`, if
-        `lower_bound` is too small for the dtype of the products.
-      TypeError: If `steps` or `polish` is not an int or `lower_bound` not a number.
+      ValueError: If an argument is not one of the above; in ``polar`` and ``factor``,
+        if ``lower_bound`` is too small for the dtype of the products.
+      TypeError: If ``steps`` or ``polish`` is not an int or ``lower_bound`` not a
+        number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -109,7 +110,7 @@ class Halley(_Rational):
       [[1. 0. 0.]
        [0. 1. 0.]]
 
-    See `rational.rational_polar` for the mathematics, cost and references.
+    See ``rational.rational_polar`` for the mathematics, cost and references.
     """
 
     lower_bound: float = 1e-2
@@ -163,9 +164,9 @@ class Zolotarev(_Rational):
       precision: Precision of the matmuls, as in `NewtonSchulz`.
 
     Raises:
-      ValueError: If an argument is not one of the above; in `polar` and `factor`, if
-        `lower_bound` is too small for `poles` and the dtype of the products.
-      TypeError: If `poles` is not an int or `lower_bound` not a number.
+      ValueError: If an argument is not one of the above; in ``polar`` and ``factor``,
+        if ``lower_bound`` is too small for ``poles`` and the dtype of the products.
+      TypeError: If ``poles`` is not an int or ``lower_bound`` not a number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -174,7 +175,7 @@ class Zolotarev(_Rational):
       [[1. 0. 0.]
        [0. 1. 0.]]
 
-    See `rational.rational_polar` for the mathematics, cost and references.
+    See ``rational.rational_polar`` for the mathematics, cost and references.
     """
 
     lower_bound: float = 3e-3
@@ -206,7 +207,7 @@ class MUD:
 
     Raises:
       ValueError: If an argument is not one of the above.
-      TypeError: If `passes` is not an int.
+      TypeError: If ``passes`` is not an int.
 
     Example:
       >>> import jax.numpy as jnp
@@ -215,7 +216,7 @@ class MUD:
       [[1. 0. 0.]
        [0. 1. 0.]]
 
-    See `mud.mud` for the mathematics, cost and references.
+    See ``mud.mud`` for the mathematics, cost and references.
     """
 
     transposable: ClassVar[bool] = False
@@ -229,7 +230,7 @@ class MUD:
         numerics.store_types(self, self.dtype, self.precision, FACTORIZABLE)
 
     def polar(self, x: Array) -> Array:
-        """Decorrelates the slices of each matrix of (..., m, n); see `mud`."""
+        """Decorrelates the slices of each matrix of (..., m, n); see ``mud``."""
         return mud(
             x,
             passes=self.passes,
@@ -244,7 +245,7 @@ class MUD:
         dtype: DTypeLike = "float32",
         backend: str | None = None,
     ) -> int:
-        """Returns the FLOPs of one m×n matrix, on any backend; see `mud_flops`."""
+        """Returns the FLOPs of one m×n matrix, on any backend; see ``mud_flops``."""
         del dtype, backend
         return mud_flops(m, n, self.passes)
 

@@ -21,8 +21,8 @@ class Placement:
     compiler.
 
     Args:
-      sharding: The sharded parameters, or a tree (prefix) of their shardings:
-        `jax.NamedSharding`s on one mesh, or arrays on one device. Updates must have the
+      sharding: The sharded parameters, or a tree (prefix) of their shardings, each a
+        `jax.NamedSharding` on one mesh, or arrays on one device. Updates must have the
         same shardings.
       stack_size: The largest number of matrices of one shape that a device multiplies
         in one batched product, or receives in one exchange, at least 1. 1 is a loop,
@@ -30,9 +30,9 @@ class Placement:
         stacks of 2²⁶ entries elsewhere, and exchanges of up to 1 GiB per device.
 
     Raises:
-      TypeError: At construction, if `sharding` has leaves that are neither, or
-        `stack_size` is not an int.
-      ValueError: At construction, if `stack_size` is below 1.
+      TypeError: At construction, if ``sharding`` has leaves that are neither, or
+        ``stack_size`` is not an int.
+      ValueError: At construction, if ``stack_size`` is below 1.
 
     Example:
       >>> import jax
@@ -71,7 +71,7 @@ class Placement:
         Args:
           tree: Arrays or their descriptions.
           by_type: Whether to ignore shardings over auto axes, which are visible only
-            outside `jax.jit`, so that `init` and `update` agree.
+            outside `jax.jit`, so that ``init`` and ``update`` agree.
         """
         if self.sharding is None or _mesh.inside_shard_map():
             of = _mesh.sharding_of_type if by_type else _mesh.visible_sharding

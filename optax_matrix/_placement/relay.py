@@ -14,8 +14,8 @@ def relay_state(saved: Any, like: Any) -> Any:
     """Lays out saved optimizer state for the mesh and the devices of another state.
 
     The states of preconditioners lie with the owners of their matrices, so the order
-    and the number of their rows depend on the mesh. This puts every row where `like`
-    has it; all other leaves must have the shapes that they have in `like`. Call it
+    and the number of their rows depend on the mesh. This puts every row where ``like``
+    has it; all other leaves must have the shapes that they have in ``like``. Call it
     outside of `jax.jit`.
 
     Args:
@@ -24,11 +24,11 @@ def relay_state(saved: Any, like: Any) -> Any:
       like: The state of the same optimizer on the new mesh, ``optimizer.init(params)``.
 
     Returns:
-      The values of `saved` with the structure, shapes and shardings of `like`.
+      The values of ``saved`` with the structure, shapes and shardings of ``like``.
 
     Raises:
-      ValueError: If `saved` lacks a leaf of `like`, has another number of matrices of a
-        shape, or a leaf of another shape, with its path.
+      ValueError: If ``saved`` lacks a leaf of ``like``, has another number of matrices
+        of a shape, or a leaf of another shape, with its path.
 
     Example:
       >>> import jax.numpy as jnp

@@ -10,7 +10,7 @@ from optax_matrix._transforms import _arguments, _numerics
 def float32_statistics(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs `inner` on float32 updates (float64 for float64), so that its state is that.
+    """Runs ``inner``, and keeps its state, in float32 (float64 for float64 leaves).
 
     The second moments of Optax have the dtype of the parameters. In bfloat16 a moment
     with ``b2=0.999`` soon stops changing: what a step adds is below half a unit in the

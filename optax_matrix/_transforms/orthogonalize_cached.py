@@ -109,7 +109,7 @@ def orthogonalize_cached(
 
     Cost:
       One product with the long side, and in one of ``refresh`` updates the factor:
-      another product, and the factorizations of `Halley.flops`.
+      another product, and the factorizations of ``Halley.flops``.
 
     References:
       CacheMuon, 2026, `arXiv:2606.16371 <https://arxiv.org/abs/2606.16371>`_, reuses

@@ -48,7 +48,7 @@ def orthogonalize_halley(
 
     Cost:
       Each step takes about as long as 2 products with the long side, see
-      `Halley.flops`.
+      ``Halley.flops``.
 
     References:
       Nakatsukasa, Bai and Gygi, 2010, Optimizing Halley's iteration for computing the

@@ -23,7 +23,7 @@ def switch_at(
     first: optax.GradientTransformation,
     second: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Applies `first` until a given step, and `second` from then on.
+    """Applies ``first`` until a given step, and ``second`` from then on.
 
     Update number t (from 0) is that of ``first`` while t < ``step``, and that of
     ``second`` from then on. Before the switch ``second`` receives every update as well,
