@@ -95,26 +95,30 @@ def table(runs: Sequence[Run], seconds: Mapping[str, float] | None = None) -> st
     seconds = seconds or {}
     base = protocol["baseline"]
     heads = ["arm", "tuned values", "products", "loss ± σ", f"less {base}'s", "verdict"]
-    heads += [f"steps to {protocol['target']}", "ms a step", "seconds to it"]
+    curves = protocol["val_every"] < protocol["fields"]["steps"]
+    if curves:
+        heads += [f"steps to {protocol['target']}", "ms a step", "seconds to it"]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for row in rows_of(runs):
         values = ", ".join(
             f"{name} {value:.3g}{'*' if name in row.edge else ''}"
             for name, value in row.values.items()
         )
-        reached = [step for step in row.steps if step is not None]
-        steps = f"{len(reached)} of {len(row.steps)} get there"
-        if len(reached) == len(row.steps):
-            steps = f"{statistics.mean(reached):.0f}"
-        each = seconds.get(row.arm)
-        whole = ""
-        if each and len(reached) == len(row.steps):
-            whole = f"{statistics.mean(reached) * each:.1f}"
         cells = [row.arm, values, equivalents(ARMS[row.arm].polar)]
-        cells += [_loss(row), *_gap(row, base), steps]
-        cells += [f"{each * 1e3:.0f}" if each else "", whole]
+        cells += [_loss(row), *_gap(row, base)]
+        cells += _speed(row, seconds.get(row.arm)) if curves else ()
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _speed(row: Row, seconds: float | None) -> tuple[str, str, str]:
+    """Returns the steps to the target, the milliseconds of each, and their seconds."""
+    step = f"{seconds * 1e3:.0f}" if seconds else ""
+    reached = [step for step in row.steps if step is not None]
+    if len(reached) < len(row.steps):
+        return f"{len(reached)} of {len(row.steps)} get there", step, ""
+    steps = statistics.mean(reached)
+    return f"{steps:.0f}", step, f"{steps * seconds:.1f}" if seconds else ""
 
 
 # Optimizers of the library, by the names of their arms.
