@@ -68,8 +68,11 @@ def test_what_is_not_installed_is_named(monkeypatch):
 
 def test_reasoning_gym_grades_its_own_problems():
     pytest.importorskip("reasoning_gym", reason="the extra `gym` is not installed")
-    found = problems.load("gym:basic_arithmetic", 3, 0)
-    assert found != problems.load("gym:basic_arithmetic", 3, 1)
+    found, again, other = (
+        problems.load("gym:basic_arithmetic", 20, seed) for seed in (0, 0, 1)
+    )
+    assert [p.question for p in found] == [p.question for p in again]
+    assert not {p.question for p in found} & {p.question for p in other}
     for problem in found:
         right = problems.reward(f"so #### {problem.answer}", problem, 0.1)
         assert right == 1 and problems.reward("#### no", problem, 0.1) == 0.1

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -21,9 +22,9 @@ with warnings.catch_warnings():
     from tunix.models.qwen2 import model as qwen2
 
     from examples.rl import tunix_qwen
-    from examples.rl.tunix_qwen import Config
+    from examples.rl.tunix_qwen import Config, Problem
 
-# What other libraries warn of is not for this one to mend.
+# Warnings of other libraries are ignored.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.core]
 
 
@@ -54,7 +55,7 @@ class Letters:
 
 @pytest.fixture(autouse=True)
 def ranks():
-    """Allows what tests/conftest.py forbids, in the threads of Tunix too."""
+    """Allows rank promotion, which conftest.py forbids, also in Tunix's threads."""
     jax.config.update("jax_numpy_rank_promotion", "allow")
     yield
     jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -149,18 +150,55 @@ def test_training_raises_the_reward_and_continues(config, monkeypatch):
     assert len(rewards) == 16
     assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.2
     assert numbers(config, "rewards/eval/mean")[-1] > rewards[0] + 0.2
-    assert max(numbers(config, "actor/train/is_ratio/max")) < 1.001
 
-    longer = dataclasses.replace(config, steps=20)
-    model = tiny()
-    again = tunix_qwen.make_learner(longer, model, Letters())
-    trained = jax.tree.leaves(nnx.state(learner.rl_cluster.actor_trainer.model))
-    restored = jax.tree.leaves(nnx.state(model))
-    for a, b in zip(trained, restored, strict=True):
+    again = tunix_qwen.make_learner(config, tiny(), Letters())
+    trained, restored = (
+        [
+            jax.tree.leaves(nnx.state(each))
+            for each in (trainer.model, trainer.optimizer)
+        ]
+        for trainer in (
+            learner.rl_cluster.actor_trainer,
+            again.rl_cluster.actor_trainer,
+        )
+    )
+    for a, b in zip(sum(trained, []), sum(restored, []), strict=True):
         np.testing.assert_array_equal(a, b)
-    del again
-    tunix_qwen.train(longer, tiny(), Letters())
-    assert len(numbers(config, "rewards/train/mean")) == 20
+
+
+def test_a_run_continues_with_the_problems_that_are_left(config, monkeypatch):
+    asked = []
+
+    def note(response, problem, well_formed):
+        asked.append(problem.question)
+        return float(len(response))
+
+    monkeypatch.setattr(tunix_qwen.problems, "reward", note)
+    monkeypatch.setattr(
+        tunix_qwen.problems,
+        "load",
+        lambda source, count, seed: [
+            Problem(f"{n}?", "", lambda answer: 0.0) for n in range(count)
+        ],
+    )
+    first = dataclasses.replace(config, epochs=2, steps=2, checkpoint_every=10)
+    tunix_qwen.train(first, tiny(), Letters())
+    assert set(asked) == {f"{n}?" for n in range(8)}
+    asked.clear()
+    longer = dataclasses.replace(first, steps=3)
+    learner = tunix_qwen.train(longer, tiny(), Letters())
+    assert set(asked) == {f"{n}?" for n in range(8, 12)}
+    assert learner.rl_cluster.global_steps == 3
+    lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
+    steps = [
+        line["step"]
+        for line in map(json.loads, lines)
+        if line["name"] == "rewards/train/mean"
+    ]
+    assert sorted(set(steps)) == [0, 1, 2]
+    ratios = numbers(config, "actor/train/is_ratio/max")
+    assert len(ratios) == 6 and max(ratios[1::2]) > 1.001
+    np.testing.assert_allclose(ratios[::2], 1.0, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -169,8 +207,12 @@ def test_training_raises_the_reward_and_continues(config, monkeypatch):
         ({"data": ""}, "`data` must be a file"),
         ({"lr": float("nan")}, "`lr` must be given"),
         ({"optimizer": "moun"}, "`optimizer` must be one of .*got moun"),
-        ({"at_once": 3}, "`at_once` must be positive and divide `prompts` = 4, got 3"),
-        ({"test_problems": 6}, "`prompts` must be positive and divide `test_problems`"),
+        ({"at_once": 3}, "`at_once` must divide `prompts` = 4, got 3"),
+        ({"test_problems": 5}, "`at_once` must divide `test_problems` = 5, got 2"),
+        ({"clip": -1.0}, "`clip` must be finite and at least 0"),
+        ({"samples": 1}, "`samples` must be finite and at least 2, got 1"),
+        ({"test_every": 0}, "`test_every` must be finite and at least 1"),
+        ({"settings": {"momentum": 2.0}}, "`momentum`"),
     ],
 )
 def test_bad_flags_are_named(config, fields, message):
@@ -208,7 +250,9 @@ def test_a_folder_of_hugging_face_is_loaded(tmp_path, config, monkeypatch):
         else:
             hf = f"{module}.weight"
         weights[f"model.layers.{path[1]}.{hf}"] = np.ascontiguousarray(array)
-    safetensors.save_file(weights, tmp_path / "model.safetensors")
+    # In bfloat16, as Qwen's.
+    halves = {name: array.astype(jnp.bfloat16) for name, array in weights.items()}
+    safetensors.save_file(halves, tmp_path / "model.safetensors")
     words = {"<pad>": 0, "<end>": 1, "<user>": 2, "1": 3, "+": 4, "?": 5}
     level = tokenizers.models.WordLevel(words, unk_token="?")
     fast = tunix_qwen.transformers.PreTrainedTokenizerFast(
@@ -220,12 +264,16 @@ def test_a_folder_of_hugging_face_is_loaded(tmp_path, config, monkeypatch):
     fast.save_pretrained(tmp_path)
 
     loaded, tokenizer = tunix_qwen.load_model(str(tmp_path))
-    for a, b in zip(
-        *map(jax.tree.leaves, map(nnx.state, (model, loaded))), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
+    want, found = (jax.tree.leaves(nnx.state(each)) for each in (model, loaded))
+    for a, b in zip(want, found, strict=True):
+        assert b.dtype == jnp.float32
+        np.testing.assert_array_equal(a.astype(jnp.bfloat16), b)
     assert tunix_qwen.prompt_of(tokenizer, "1+1?").startswith("<user>1+1?\nThink")
     few = dataclasses.replace(config, steps=2, epochs=2)
     learner = tunix_qwen.train(few, loaded, tokenizer)
     assert learner.rl_cluster.global_steps == 2
     assert learner.rl_cluster.actor_trainer.train_steps == 4
+    fast.pad_token = "<end>"
+    fast.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a padding token other than its end token"):
+        tunix_qwen.load_model(str(tmp_path))

@@ -37,7 +37,7 @@ class Problem:
 def load(source: str, count: int, seed: int) -> list[Problem]:
     """Returns problems of a source in random order.
 
-    Those of a file are passed again, in another order, when all were taken.
+    A file that is exhausted is reshuffled and reused.
 
     Args:
       source: A path, or `gym:` and the name of a task.
@@ -93,6 +93,8 @@ def gym(task: str, count: int, seed: int) -> list[Problem]:
         )
     import reasoning_gym
 
+    # Problem i of a seed is problem 0 of seed + i, so seeds are to be far apart.
+    seed = int(np.random.default_rng(seed).integers(2**31))
     made: Any = reasoning_gym.create_dataset(task, size=count, seed=seed)
 
     def problem(entry: Any) -> Problem:

@@ -53,12 +53,12 @@ class Config:
     """One run. Every field is a flag."""
 
     model: str = flag(
-        "Qwen/Qwen2.5-0.5B-Instruct", "a model of Hugging Face, or its folder"
+        "Qwen/Qwen2.5-0.5B-Instruct", "this model, one of its fine-tunes, or a folder"
     )
     data: str = flag("", "a file in GSM8K's format, or gym:TASK; it must be given")
     test: str = flag("", "problems for evaluation, as `data`; default: none")
     test_problems: int = flag(64, "how many of them")
-    test_every: int = flag(50, "steps between evaluations")
+    test_every: int = flag(50, "steps between evaluations, the first before step 1")
     optimizer: str = flag("hopper", "a name from optax_matrix.OPTIMIZERS")
     lr: float = flag(math.nan, "learning rate; it must be given, because none is tuned")
     settings: dict[str, Any] = flag(  # noqa: RUF009 (copied for each instance)
@@ -158,12 +158,13 @@ def prompt_of(tokenizer: Any, question: str) -> str:
 
 
 def inputs_of(
-    config: Config, tokenizer: Any, given: Sequence[Problem]
+    config: Config, tokenizer: Any, given: Sequence[Problem], size: int
 ) -> list[dict[str, Any]]:
-    """Returns batches of prompts, each with its problems.
+    """Returns batches of `size` prompts with their problems.
 
     Raises:
-      ValueError: If a prompt is longer than `prompt_tokens`; Tunix would cut it.
+      ValueError: If a prompt is longer than `prompt_tokens`. Tunix would fail in the
+        step that samples from it.
     """
     prompts = [prompt_of(tokenizer, problem.question) for problem in given]
     for place, prompt in enumerate(prompts):
@@ -173,11 +174,11 @@ def inputs_of(
                 f"problem {place} ({given[place].question[:60]} ...) has {length} "
                 f"tokens, more than `prompt_tokens` = {config.prompt_tokens}: raise it"
             )
-    # Tunix repeats the entries of arrays, but what is inside those of lists.
+    # Arrays, because Tunix repeats these along axis 0 but descends into lists.
     every = {"prompts": np.array(prompts), "problem": np.array(given, object)}
     return [
-        {name: values[i : i + config.prompts] for name, values in every.items()}
-        for i in range(0, len(given), config.prompts)
+        {name: values[i : i + size] for name, values in every.items()}
+        for i in range(0, len(given), size)
     ]
 
 
@@ -186,10 +187,9 @@ def inputs_of(
 
 @contextlib.contextmanager
 def recording(path: Path):
-    """Appends what Tunix measures to a file, a line for each number and step.
+    """Appends what Tunix measures to a file, a line for each number.
 
-    It reports numbers to all listeners of `jax.monitoring`, JAX's own among them, and
-    would register a logger of its own twice, with two lines for each number.
+    Tunix reports to all listeners of `jax.monitoring`, as JAX itself does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -211,15 +211,28 @@ def recording(path: Path):
 
 
 def load_model(name: str) -> tuple[nnx.Module, Any]:
-    """Returns Qwen2.5-0.5B and its tokenizer, downloaded unless `name` is a folder."""
+    """Returns Qwen2.5-0.5B and its tokenizer, downloaded unless `name` is a folder.
+
+    Raises:
+      ValueError: If padding is the end token, which Tunix would then mask.
+    """
     folder = name
     if not Path(name).is_dir():
         folder = huggingface_hub.snapshot_download(name)
-    # Activations are bfloat16; small steps need float32 parameters. Rematerialization
-    # ends in an error of NNX with flax 0.12.8.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        raise ValueError(
+            f"the tokenizer of {name} must have a padding token other than its end "
+            f"token, got {tokenizer.pad_token!r} and {tokenizer.eos_token!r}: take the "
+            "Instruct model"
+        )
+    # Activations are bfloat16, as the file is; small steps need float32 parameters.
+    # Rematerialization ends in an error of NNX with flax 0.12.8.
     config = dataclasses.replace(qwen2.ModelConfig.qwen2p5_0p5b(), dtype=jnp.bfloat16)
-    model = qwen2_params.create_model_from_safe_tensors(folder, config)
-    return model, transformers.AutoTokenizer.from_pretrained(folder)
+    model = qwen2_params.create_model_from_safe_tensors(
+        folder, config, dtype=jnp.float32
+    )
+    return model, tokenizer
 
 
 def make_learner(config: Config, model: nnx.Module, tokenizer: Any) -> GRPOLearner:
@@ -276,9 +289,9 @@ def make_learner(config: Config, model: nnx.Module, tokenizer: Any) -> GRPOLearn
     )
     names = ("kl", "pg_clipfrac", "entropy", "is_ratio/max", "log_ratio/abs_mean")
     cluster.actor_trainer.with_rl_metrics_to_log(dict.fromkeys(names, np.mean))
-    if cluster.global_steps:
-        # Tunix does not store what sampling depends on.
-        cluster.rollout.rng = np.random.default_rng((config.seed, cluster.global_steps))
+    # Tunix does not store what sampling depends on; its last checkpoint lacks the step.
+    cluster.global_steps = cluster.actor_trainer.train_steps // config.epochs
+    cluster.rollout.rng = np.random.default_rng((config.seed, cluster.global_steps))
     return learner
 
 
@@ -286,18 +299,28 @@ def train(config: Config, model: nnx.Module, tokenizer: Any) -> GRPOLearner:
     """Trains a model, and returns its learner."""
     count = config.steps * config.prompts
     given = problems.load(config.data, count, config.seed)
+    inputs = inputs_of(config, tokenizer, given, config.prompts)
     test = None
     if config.test:
         held = problems.load(config.test, config.test_problems, config.seed + 1)
-        test = inputs_of(config, tokenizer, held)
-    inputs = inputs_of(config, tokenizer, given)
+        test = inputs_of(config, tokenizer, held, config.at_once)
     learner = make_learner(config, model, tokenizer)
+    # Tunix skips as many batches as it has made updates, of which each batch has
+    # `epochs`; a batch that was not finished is taken again.
+    done = -(-learner.rl_cluster.actor_trainer.train_steps // config.epochs)
+    inputs = inputs[:done] * config.epochs + inputs[done:]
     log = contextlib.nullcontext()
     if config.out:
         log = recording(Path(config.out) / "metrics.jsonl")
     with log:
         learner.train(inputs, test)
     return learner
+
+
+LEAST = {"clip": 0.0, "kl": 0.0, "format_reward": 0.0, "samples": 2, "seed": 0}
+LEAST |= dict.fromkeys(("steps", "prompts", "epochs", "at_once", "test_problems"), 1)
+LEAST |= dict.fromkeys(("test_every", "checkpoint_every"), 1)
+LEAST |= dict.fromkeys(("prompt_tokens", "response_tokens"), 1)
 
 
 def check(config: Config) -> Config:
@@ -312,12 +335,19 @@ def check(config: Config) -> Config:
     if config.optimizer not in om.OPTIMIZERS:
         known = ", ".join(sorted(om.OPTIMIZERS))
         raise ValueError(f"`optimizer` must be one of {known}; got {config.optimizer}")
-    for name, of in (("prompts", "at_once"), ("test_problems", "prompts")):
-        if getattr(config, of) < 1 or getattr(config, name) % getattr(config, of):
+    for name, least in LEAST.items():
+        if not least <= getattr(config, name) < math.inf:
             raise ValueError(
-                f"`{of}` must be positive and divide `{name}` = "
-                f"{getattr(config, name)}, got {getattr(config, of)}"
+                f"`{name}` must be finite and at least {least}, got "
+                f"{getattr(config, name)}"
             )
+    for name in ("prompts", "test_problems"):
+        if getattr(config, name) % config.at_once:
+            raise ValueError(
+                f"`at_once` must divide `{name}` = {getattr(config, name)}, got "
+                f"{config.at_once}"
+            )
+    make_optimizer(config)  # checks its settings
     return config
 
 
