@@ -152,17 +152,12 @@ def test_training_raises_the_reward_and_continues(config, monkeypatch):
     assert numbers(config, "rewards/eval/mean")[-1] > rewards[0] + 0.2
 
     again = tunix_qwen.make_learner(config, tiny(), Letters())
+    trainers = (each.rl_cluster.actor_trainer for each in (learner, again))
     trained, restored = (
-        [
-            jax.tree.leaves(nnx.state(each))
-            for each in (trainer.model, trainer.optimizer)
-        ]
-        for trainer in (
-            learner.rl_cluster.actor_trainer,
-            again.rl_cluster.actor_trainer,
-        )
+        jax.tree.leaves([nnx.state(trainer.model), nnx.state(trainer.optimizer)])
+        for trainer in trainers
     )
-    for a, b in zip(sum(trained, []), sum(restored, []), strict=True):
+    for a, b in zip(trained, restored, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
