@@ -23,7 +23,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # beside XLA's, which slows both: see benchmarks/README.md.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: nanogpt rl search docs test test-lowest test-newest lint format wheel clean
+.PHONY: nanogpt rl search docs tour browser test test-lowest test-newest lint format wheel clean
 
 nanogpt: $(VENV)/.examples$(ACCELERATOR)
 	$(BIN)/python -m examples.nanogpt.train --config tiny $(ARGS)
@@ -38,8 +38,17 @@ search: $(VENV)/.bench$(ACCELERATOR)
 
 # The documentation, in build/docs/index.html. Warnings are errors.
 docs: $(VENV)/.docs$(ACCELERATOR)
-	$(BIN)/sphinx-build --fail-on-warning --nitpicky --quiet docs build/docs
+	$(BIN)/sphinx-build --fresh-env --fail-on-warning --nitpicky --quiet docs build/docs
 	@echo "open build/docs/index.html"
+
+# The tour of optimizers, in the browser.
+tour: docs
+	$(BIN)/python -m webbrowser -t file://$(CURDIR)/build/docs/tour/index.html
+
+# Needs chromium, chromedriver and npm (Debian: chromium-driver npm).
+browser: $(VENV)/.browser$(ACCELERATOR) docs
+	cd build && npm pack --silent axe-core@4.14.1 | xargs tar xzf
+	$(BIN)/python -m pytest -m browser tests/test_browser.py
 
 test: $(VENV)/.tests$(ACCELERATOR)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

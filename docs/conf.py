@@ -19,6 +19,7 @@ extensions = [
     "myst_parser",
     "mathml",
     "repository_files",
+    "tour",
 ]
 exclude_patterns = ["_build", "_ext"]
 default_role = "py:obj"
@@ -47,6 +48,8 @@ html_show_search_summary = False
 html_context = {"default_mode": "auto"}
 html_theme_options = {
     "navigation_with_keys": False,
+    # The wide button's label is not what it says, which axe-core finds serious.
+    "navbar_persistent": ["search-button"],
     "show_prev_next": True,
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],

@@ -21,6 +21,7 @@ from benchmarks.jobs import read
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "docs" / "tour").glob("*.md"))
 LONG = {"extending.md", "preconditioners.md", "record.md", "sharding.md"}
 
 

@@ -41,7 +41,7 @@ def inline(writer: Any, node: nodes.math) -> None:
 def block(writer: Any, node: nodes.math_block) -> None:
     mathml = to_mathml(node.astext(), "block", node)
     # Formulas that are wider than a phone scroll.
-    writer.body.append(f'<div class="formula">{mathml}</div>')
+    writer.body.append(f'<div class="formula" tabindex="0">{mathml}</div>')
     raise nodes.SkipNode
 
 

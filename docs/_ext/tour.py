@@ -1,0 +1,114 @@
+"""The directive `widget`: a picture with controls, drawn by docs/_static/tour/draw.js.
+
+    ```{widget} valley
+    What it shows, in a sentence.
+    ```
+
+The build draws it in V8 for readers without JavaScript; the browser draws it again when
+a control moves. Scripts are on pages with widgets only.
+"""
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from py_mini_racer import MiniRacer
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+DOCS = Path(__file__).parents[1]
+WIDTH = 720
+
+
+class Canvas:
+    """Draws widgets in V8."""
+
+    def __init__(self) -> None:
+        self.engine = MiniRacer()
+        self.engine.eval((DOCS / "_static" / "tour" / "draw.js").read_text())
+
+    def draw(
+        self,
+        data: dict[str, Any],
+        state: dict[str, int] | None = None,
+        width: int = WIDTH,
+    ) -> dict[str, str]:
+        """Returns the SVG and the status of a widget.
+
+        Args:
+          data: Its data.
+          state: The place of each control; None is where the widget begins.
+          width: The width in pixels.
+        """
+        given = json.dumps(data)
+        at = "Tour.initial(data)" if state is None else json.dumps(state)
+        code = f"(() => {{ const data = {given}; return JSON.stringify("
+        code += f"Tour.draw({at}, data, {width})); }})()"
+        return json.loads(str(self.engine.eval(code)))
+
+
+def load(name: str) -> dict[str, Any]:
+    """Returns the data of a widget."""
+    return json.loads((DOCS / "tour" / "data" / f"{name}.json").read_text())
+
+
+def slider(data: dict[str, Any], control: dict[str, Any]) -> str:
+    """Returns a control: a label, a range, and its value as text."""
+    most = control.get("max", len(control.get("texts", ())) - 1)
+    value = control["value"]
+    text = control["texts"][value] if "texts" in control else str(value)
+    return (
+        f"<label>{html.escape(control['label'])} "
+        f'<input type="range" name="{control["name"]}" min="0" max="{most}" step="1" '
+        f'value="{value}" aria-valuetext="{html.escape(text)}" autocomplete="off">'
+        f"<output>{html.escape(text)}</output></label>"
+    )
+
+
+class Widget(SphinxDirective):
+    """The directive."""
+
+    required_arguments = 1
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        name = self.arguments[0]
+        data = load(name)
+        for path in (f"tour/data/{name}.json", "_static/tour/draw.js"):
+            self.env.note_dependency(str(DOCS / path))
+        drawn = Canvas().draw(data)
+        controls = "".join(slider(data, control) for control in data["controls"])
+        if any(control.get("step") for control in data["controls"]):
+            controls += '<button type="button">Play</button>'
+        text = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
+        text = text.replace("</", "<\\/")  # as in any script
+        caption = nodes.paragraph()
+        self.state.nested_parse(self.content, self.content_offset, caption)
+        begin = (
+            f'<figure class="tour-widget" id="widget-{name}">'
+            f'<div class="tour-picture">{drawn["svg"]}</div>'
+            f"<form hidden>{controls}</form>"
+            f'<p role="status">{html.escape(drawn["status"])}</p>'
+            f'<script type="application/json">{text}</script>'
+            "<figcaption>"
+        )
+        children = caption.children
+        raw = nodes.raw("", begin, format="html")
+        end = nodes.raw("", "</figcaption></figure>", format="html")
+        return [raw, *children, end]
+
+
+def add_scripts(app: Sphinx, page: str, template: str, context: Any, tree: Any) -> None:
+    """Adds the scripts and the style of widgets to the pages that have some."""
+    if tree is not None and "tour-widget" in context.get("body", ""):
+        app.add_js_file("tour/draw.js", loading_method="defer")
+        app.add_js_file("tour/run.js", loading_method="defer")
+        app.add_css_file("tour/tour.css")
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_directive("widget", Widget)
+    app.connect("html-page-context", add_scripts)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

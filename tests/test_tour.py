@@ -1,0 +1,146 @@
+"""The tour's widgets: their data, and what JavaScript draws of it."""
+
+import gzip
+import importlib.util
+import itertools
+import json
+import math
+import pathlib
+import re
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+NAMES = sorted(path.stem for path in (DOCS / "tour" / "data").glob("*.json"))
+USED = [
+    name
+    for page in sorted((DOCS / "tour").glob("*.md"))
+    for name in re.findall(r"^```\{widget\} (\w+)$", page.read_text(), re.M)
+]
+
+
+def module(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def load(name):
+    return json.loads((DOCS / "tour" / "data" / f"{name}.json").read_text())
+
+
+def choices(control):
+    """All places of a control, or some of its steps."""
+    if control.get("step"):
+        return [0, control["max"] // 2, control["max"]]
+    return range(len(control["texts"]))
+
+
+@pytest.fixture(scope="module")
+def canvas():
+    pytest.importorskip("py_mini_racer", reason="the extra `docs` is not installed")
+    return module(DOCS / "_ext" / "tour.py").Canvas()
+
+
+def test_every_widget_is_on_a_page_once():
+    assert sorted(USED) == NAMES == sorted(module(DOCS / "tour" / "data.py").WIDGETS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_widget_is_drawn_in_all_its_states(canvas, name):
+    data = load(name)
+    names = [control["name"] for control in data["controls"]]
+    drawn = {}
+    for values in itertools.product(*map(choices, data["controls"])):
+        state = dict(zip(names, values, strict=True))
+        found = canvas.draw(data, state)
+        xml.etree.ElementTree.fromstring(found["svg"])
+        assert not re.search(r"NaN|undefined|Infinity|null", found["svg"])
+        assert len(found["status"]) > 10 and "undefined" not in found["status"]
+        drawn[values] = found["svg"]
+    for place, control in enumerate(data["controls"]):
+        # Each control changes the picture, in some state of the others.
+        def others(item, place=place):
+            values = item[0]
+            return (*values[:place], *values[place + 1 :])
+
+        rows = sorted(drawn.items(), key=others)
+        groups = [
+            {svg for _, svg in group} for _, group in itertools.groupby(rows, others)
+        ]
+        assert any(len(group) > 1 for group in groups), control["name"]
+    phone = canvas.draw(data, width=340)["svg"]
+    xml.etree.ElementTree.fromstring(phone)
+    assert 'viewBox="0 0 340 ' in phone
+
+
+def test_paths_are_drawn_where_they_are(canvas):
+    # Two of three steps are shown; the third would be outside.
+    data = {
+        **{"name": "p", "title": "P", "kind": "paths", "series": ["a", "b"]},
+        "controls": [
+            {"name": "step", "label": "Step", "max": 3, "value": 2, "step": 1}
+        ],
+        **{"domain": [-2, 2, -1, 1], "curvatures": [1.0, 4.0], "levels": [0.5]},
+        "paths": {"": [[[-100, 0, 100], [50, 0, -50]], [[100], [0]]]},
+    }
+    found = canvas.draw(data)
+    assert found["status"] == "Step 2. a: loss 1, b diverged."
+    left, top, width, height = 40, 30, 720 - 50, 330
+    points = [
+        (left + width * (x + 2) / 4, top + height * (1 - (y + 1) / 2))
+        for x, y in ((-1, 0.5), (0, 0), (1, -0.5))
+    ]
+    want = "".join(
+        f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(points)
+    )
+    assert re.sub(r"\.0(?=\D|$)", "", want) in found["svg"]
+
+
+def test_scripts_and_data_are_small():
+    scripts = [(DOCS / "_static" / "tour" / name) for name in ("draw.js", "run.js")]
+    assert sum(len(gzip.compress(path.read_bytes())) for path in scripts) <= 15_000
+    for page in sorted((DOCS / "tour").glob("*.md")):
+        names = re.findall(r"^```\{widget\} (\w+)$", page.read_text(), re.M)
+        files = [DOCS / "tour" / "data" / f"{name}.json" for name in names]
+        size = sum(len(gzip.compress(path.read_bytes())) for path in files)
+        assert size <= 40_000, page.name
+
+
+def test_known_numbers_of_the_data():
+    counts = load("condition")["values"]["1"]
+    assert counts[2] == [1.0] * 13 and counts[0][-1] > 10 * counts[1][-1]
+    after = load("spectrum")["values"]["3,7"][1]  # exact
+    np.testing.assert_allclose(after, 1.0, atol=1e-3)
+    for found in load("circle")["values"].values():
+        assert math.hypot(*found["end"]) == pytest.approx(1.0, abs=2e-3)
+    left = load("decay")["values"]["2,1"][1]
+    np.testing.assert_allclose(left, (1 - 0.1 * 0.01) ** 200 * np.ones(5), rtol=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.core
+@pytest.mark.parametrize("name", NAMES)
+def test_data_is_what_the_library_computes(name):
+    """Other processors round differently, which long unstable paths amplify."""
+
+    def close(a, b, path=""):
+        assert type(a) is type(b) or {type(a), type(b)} == {int, float}, path
+        if isinstance(a, dict):
+            assert a.keys() == b.keys(), path
+            return [x for k in a for x in close(a[k], b[k], f"{path}/{k}")]
+        if isinstance(a, list):
+            assert abs(len(a) - len(b)) <= 1, path
+            return [
+                x for i, y in enumerate(zip(a, b, strict=False)) for x in close(*y, i)
+            ]
+        if isinstance(a, str):
+            return [] if a.startswith("σ") else [a == b]
+        return [abs(a - b) <= 0.02 * max(abs(a), abs(b)) + 1e-6 or abs(a - b) <= 1]
+
+    made = json.loads(json.dumps(module(DOCS / "tour" / "data.py").WIDGETS[name]()))
+    assert np.mean(close(load(name), made)) > 0.98
