@@ -23,7 +23,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # beside XLA's, which slows both: see benchmarks/README.md.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: nanogpt rl search docs tour browser test test-lowest test-newest lint format wheel clean
+.PHONY: nanogpt rl search docs tour browser test test-lowest test-newest lint format release-check clean
 
 nanogpt: $(VENV)/.examples$(ACCELERATOR)
 	$(BIN)/python -m examples.nanogpt.train --config tiny $(ARGS)
@@ -62,9 +62,12 @@ format: $(VENV)/.dev$(ACCELERATOR)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-wheel: $(VENV)/.dev$(ACCELERATOR)
-	$(BIN)/python -m build --wheel
-	.ci/check_wheel $(VENV)
+# Builds what a release uploads, and runs the README with nothing else installed.
+release-check: $(VENV)/.dev$(ACCELERATOR)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	.ci/check_release $(VENV)
 
 # The oldest versions that pyproject.toml admits, and the newest that exist.
 test-lowest:

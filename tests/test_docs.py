@@ -1,10 +1,12 @@
 """The documentation: what its pages contain, and what they load."""
 
+import importlib.metadata
 import importlib.util
 import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 import types
 
 import pytest
@@ -91,3 +93,10 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
             assert not loaded or not re.match(r"\w+:|//", loaded[1]), (page, tag)
         for sheet in tmp_path.rglob("_static/*.css"):
             assert not re.search(r"url\([\"']?(https?:)?//", sheet.read_text())
+
+
+def test_there_is_one_version():
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"]
+    cited = (DOCS.parent / "CITATION.cff").read_text()
+    assert f"\nversion: {project['version']}\n" in cited
+    assert importlib.metadata.version("optax-matrix") == project["version"]
