@@ -113,6 +113,7 @@ def test_every_arm_has_the_same_number_of_rates_and_seeds():
     assert (config.steps, config.eval_every) == (200, 25)
     four = study.jobs_of("rates", 4, [])
     assert len(four) == 36 and {job["steps"] for job in four} == {100}
+    assert study.config_of(four[0]).eval_every == 10
     with pytest.raises(ValueError, match="`long` is for 1 epoch, got 4"):
         study.jobs_of("long", 4, [{**job, "loss": 0.3} for job in four])
     long = study.jobs_of("long", 1, runs)

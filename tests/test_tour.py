@@ -102,6 +102,15 @@ def test_paths_are_drawn_where_they_are(canvas):
     assert re.sub(r"\.0(?=\D|$)", "", want) in found["svg"]
 
 
+def test_chosen_curves_are_those_of_their_series(canvas):
+    race = load("race")
+    status = canvas.draw(race, {"first": 0, "second": 5, "seed": 2})["status"]
+    ends = [race["values"][f"{place},2"][-1] for place in (0, 5)]
+    found = re.fullmatch(r"At the end: sgd (\S+), sign_sgd (\S+)\.", status)
+    assert found
+    np.testing.assert_allclose([float(x) for x in found.groups()], ends, rtol=0.05)
+
+
 def test_scripts_and_data_are_small():
     scripts = [(DOCS / "_static" / "tour" / name) for name in ("draw.js", "run.js")]
     assert sum(len(gzip.compress(path.read_bytes())) for path in scripts) <= 15_000
