@@ -195,7 +195,7 @@ def test_a_run_of_the_study_trains(tmp_path, monkeypatch):
         return dataclasses.replace(full(job), **few)
 
     monkeypatch.setattr(study, "config_of", short)
-    job = {"phase": "finals", "epochs": 2, "steps": 4, "arm": "hopper, 5 steps"}
+    job = {"phase": "finals", "epochs": 4, "steps": 4, "arm": "hopper, 5 steps"}
     job |= {"learning_rate": 1e-4, "seed": 1}
     path = tmp_path / "runs.jsonl"
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
