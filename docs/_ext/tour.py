@@ -63,7 +63,7 @@ def slider(data: dict[str, Any], control: dict[str, Any]) -> str:
         f"<label>{html.escape(control['label'])} "
         f'<input type="range" name="{control["name"]}" min="0" max="{most}" step="1" '
         f'value="{value}" aria-valuetext="{html.escape(text)}" autocomplete="off">'
-        f"<output>{html.escape(text)}</output></label>"
+        f'<output aria-live="off">{html.escape(text)}</output></label>'
     )
 
 

@@ -75,11 +75,12 @@ def walk(
 
 
 def drawn(points: jax.Array, domain: Sequence[float]) -> list[list[int]]:
-    """Returns x and y in hundredths, until the path leaves the picture."""
+    """Returns x and y in hundredths, up to the first point outside of the picture."""
     x, y = np.asarray(points).T
     left, right, low, high = domain
     inside = (x > left) & (x < right) & (y > low) & (y < high)
-    end = len(x) if inside.all() else int(np.argmin(inside))
+    end = len(x) if inside.all() else int(np.argmin(inside)) + 1
+    x, y = (np.nan_to_num(values, posinf=1e3, neginf=-1e3) for values in (x, y))
     return [[round(100 * float(v)) for v in values[:end]] for values in (x, y)]
 
 
@@ -152,8 +153,8 @@ def valley() -> Widget:
         for key, (beta, rate, noise) in combinations(betas, rates, noises).items()
     }
     controls = [
-        control("beta", "Momentum β", betas, 3),
-        control("rate", "Learning rate", rates, 1),
+        control("beta", "Momentum β", betas, 1),
+        control("rate", "Learning rate", rates, 3),
         control("noise", "Noise", noises, 0),
     ]
     return paths(
@@ -282,7 +283,7 @@ def fit() -> Widget:
     return {
         **{"name": "fit", "title": "Fitting a line by SGD", "kind": "fit"},
         "controls": [
-            control("rate", "Learning rate", rates, 1),
+            control("rate", "Learning rate", rates, 2),
             control("size", "Batch size", sizes, 0),
             steps_control(steps - 1, 20),
         ],
@@ -385,7 +386,7 @@ def signal() -> Widget:
         {k: ratios(*values) for k, values in combinations(b1s, b2s, sigmas).items()},
         series=["0.3", "0.3 with noise", "±1"],
         x=list(range(1, 301, every)),
-        between=(-1.5, 1.5),
+        between=(-3.5, 3.5),
         ylabel="update",
     )
 
@@ -394,7 +395,8 @@ def spectrum() -> Widget:
     """Singular values before and after polar methods."""
     skews = (0.0, 0.5, 1.0, 2.0, 3.0)
     methods = {
-        **{f"Newton-Schulz, {k} steps": om.NewtonSchulz(k) for k in (1, 2, 3, 4, 5)},
+        "Newton-Schulz, 1 step": om.NewtonSchulz(1),
+        **{f"Newton-Schulz, {k} steps": om.NewtonSchulz(k) for k in (2, 3, 4, 5)},
         "Polar Express, 5 steps": om.NewtonSchulz(coefficients="polar_express"),
         "Halley, bound 0.01": om.Halley(1e-2),
         "exact": om.Exact(),
@@ -457,7 +459,7 @@ SIZES = (0.01, 0.1, 1.0, 10.0, 100.0)
 
 
 def decay() -> Widget:
-    """What is left of weights whose gradients are noise of different sizes."""
+    """What is left of weights whose gradients alternate, with different sizes."""
     decays, rates = (0.01, 0.03, 0.1, 0.3), (0.003, 0.01, 0.03)
     noise = jnp.array(SIZES)[:, None] * jnp.array([1.0, -1.0] * 100)
 
@@ -489,7 +491,7 @@ def decay() -> Widget:
         series=["Adam + L2", "AdamW"],
         labels=[str(size) for size in SIZES],
         between=(0.0, 1.2),
-        xlabel="size of the gradients, which are noise",
+        xlabel="size of the gradients, which alternate in sign",
         ylabel="weight",
     )
 
@@ -568,7 +570,7 @@ def newton() -> Widget:
 
 def condition() -> Widget:
     """Steps to a loss, by the ratio of the curvatures."""
-    goals, most = (1e-2, 1e-4, 1e-6), 3000
+    goals, most = (1e-2, 1e-4, 1e-6), 4000
     ratios = [round(10.0 ** (i / 4), 2) for i in range(13)]
 
     def needed(optimizer, ratio):
@@ -579,15 +581,26 @@ def condition() -> Widget:
         # The last time that it is above, because momentum oscillates.
         return most - jnp.argmax(jnp.cumsum(~below[:, ::-1], axis=1) > 0, axis=1)
 
+    def newtons(ratio):
+        def loss(point):
+            return jnp.sum(jnp.array((1.0, ratio)) * point**2) / 2
+
+        point: Any = jnp.array((1.0, 1.0 / ratio))
+        count = 0
+        while loss(point) >= min(goals):
+            point = optax.apply_updates(point, om.newton_step(loss, point))
+            count += 1
+        return [count] * len(goals)
+
     plain, heavy = [], []
     for ratio in ratios:
         root = ratio**0.5
         plain.append(needed(optax.sgd(2 / (1 + ratio)), ratio))
         beta, rate = ((root - 1) / (root + 1)) ** 2, (2 / (1 + root)) ** 2
         heavy.append(needed(optax.sgd(rate, momentum=beta), ratio))
-    ones = [1.0] * len(ratios)
+    rows = (plain, heavy, [newtons(ratio) for ratio in ratios])
     values = {
-        str(i): [[int(found[i]) for found in plain], [int(f[i]) for f in heavy], ones]
+        str(i): [[int(found[i]) for found in row] for row in rows]
         for i in range(len(goals))
     }
     widget = curves(
@@ -634,7 +647,8 @@ def maps() -> Widget:
                 gradient = {"mlp": signal + 0.02 * kick}
                 update, state = optimizer.update(gradient, state, weights)
             sigmas = om.diagnostics.singular_values(update["mlp"])[0]
-            note = f"σ₁ / σ₈ = {float(sigmas[0] / sigmas[-1]):.2g}"
+            ratio = float(sigmas[0] / sigmas[-1])
+            note = f"σ₁ / σ₈ = {ratio:.2g}" if ratio < 1e6 else "σ₈ ≈ 0"
             result.append({"entries": rounded(update["mlp"], 2), "note": note})
         return result
 
@@ -779,7 +793,7 @@ def squeeze() -> Widget:
 
 
 def race() -> Widget:
-    """All rungs of the ladder on one problem, each at its best of nine rates."""
+    """All rungs of the ladder on one problem, each at its best of twelve rates."""
     rungs = ("sgd", "momentum", "adagrad", "rmsprop", "adam", "sign_sgd", "lion")
     rungs += ("muon", "shampoo", "soap", "muonh")
     seeds, steps, size = (0, 1, 2), 120, 24
@@ -813,7 +827,7 @@ def race() -> Widget:
     for place, name in enumerate(rungs):
         every = [
             jnp.stack([run(name, 10.0**power, seed) for seed in seeds])
-            for power in np.arange(-4.0, 0.5, 0.5)
+            for power in np.arange(-4.0, 2.0, 0.5)
         ]
         # The best rate on seed 0 is that of the others too.
         best = min(every, key=lambda r: float(jnp.nan_to_num(r[0, -1], nan=jnp.inf)))

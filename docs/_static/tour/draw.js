@@ -108,14 +108,15 @@ const Tour = (() => {
     out += dot(x(0), y(0), "goal", 6);
     const said = [];
     data.paths[key(state, data)].forEach(([xs, ys], i) => {
-      // A path ends where it leaves the picture; its numbers are hundredths.
+      // A path ends with its first point outside; its numbers are hundredths.
       const points = xs.map((value, k) => [value / 100, ys[k] / 100]).slice(0, state.step + 1);
-      const gone = points.length < state.step + 1;
+      const [endX, endY] = points[points.length - 1];
+      const gone = endX < left || endX > right || endY < low || endY > high;
       out += path(points.map(([u, v]) => [x(u), y(v)]), `line s${i}`);
       const [u, v] = points[points.length - 1];
       out += dot(x(u), y(v), `fill s${i}`);
       const loss = format((a * u * u + b * v * v) / 2);
-      said.push(gone ? `${data.series[i]} diverged` : `${data.series[i]}: loss ${loss}`);
+      said.push(gone ? `${data.series[i]} left the picture` : `${data.series[i]}: loss ${loss}`);
     });
     out += "</g>" + legend(data.series, 8, 16);
     const height = box.top + box.height + 38;
@@ -207,12 +208,15 @@ const Tour = (() => {
     const loss = (w) => xs.reduce((sum, x, i) => sum + (w * x - ys[i]) ** 2, 0) / xs.length;
     const first = { left: 40, top: 30, ...size };
     const left = frame(first, [-3.2, 3.2], [-4.5, 4.5], { xlabel: "x", ylabel: "y" });
-    let out = left.body + path([-3.2, 3.2].map((x) => [left.x(x), left.y(slope * x)]), "line s1");
+    let out = left.body + `<clipPath id="${data.name}-clip"><rect x="${first.left}" y="${first.top}" width="${first.width}" height="${first.height}"/></clipPath>`;
+    out += `<g clip-path="url(#${data.name}-clip)">`;
+    out += path([-3.2, 3.2].map((x) => [left.x(x), left.y(slope * x)]), "line s1");
     const batch = new Set(data.orders[state.step].slice(0, data.sizes[state.size]));
     xs.forEach((x, i) => {
       if (batch.has(i)) out += line(left.x(x), left.y(ys[i]), left.x(x), left.y(slope * x), "line s0");
       out += dot(left.x(x), left.y(ys[i]), batch.has(i) ? "fill s0" : "goal", 4);
     });
+    out += "</g>";
     const second = width < 500 ? { left: 40, top: 300, ...size } : { left: half + 45, top: 30, ...size };
     const right = frame(second, [-1.2, 2.8], [0, 12], { xlabel: "slope w", ylabel: "loss" });
     const parabola = Array.from({ length: 81 }, (_, i) => -1.2 + i * 0.05);
@@ -223,7 +227,7 @@ const Tour = (() => {
     const inside = slope > -1.2 && slope < 2.8 && loss(slope) < 12;
     if (inside) out += dot(right.x(slope), right.y(loss(slope)), "fill s1");
     const height = second.top + size.height + 38;
-    const said = inside ? `loss ${format(loss(slope))}` : "diverged";
+    const said = inside ? `loss ${format(loss(slope))}` : "outside of the picture";
     return { body: out, height, status: `Step ${state.step}. Slope ${format(slope)}, ${said}.` };
   };
 

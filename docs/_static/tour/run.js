@@ -8,11 +8,12 @@ for (const figure of document.querySelectorAll("figure.tour-widget")) {
   const status = figure.querySelector("[role=status]");
   const inputs = [...figure.querySelectorAll("input")];
 
-  const show = () => {
+  // Screen readers hear the status when a control comes to rest, not in every frame.
+  const show = (quietly = false) => {
     const width = Math.max(320, Math.min(720, picture.clientWidth));
     const found = Tour.draw(state, data, width);
     picture.innerHTML = found.svg;
-    status.textContent = found.status;
+    if (!quietly) status.textContent = found.status;
     for (const input of inputs) {
       const control = data.controls.find((c) => c.name === input.name);
       const text = control.texts ? control.texts[state[input.name]] : String(state[input.name]);
@@ -22,35 +23,44 @@ for (const figure of document.querySelectorAll("figure.tour-widget")) {
     }
   };
 
+  const play = figure.querySelector("button");
+  const control = data.controls.find((c) => c.step);
+  let timer = null;
+  const stop = () => {
+    clearInterval(timer);
+    timer = null;
+    play.textContent = "Play";
+    show();
+  };
+
   for (const input of inputs) {
     input.addEventListener("input", () => {
+      if (timer) stop();
       state[input.name] = Number(input.value);
       show();
     });
   }
 
-  const play = figure.querySelector("button");
   if (play) {
-    const control = data.controls.find((c) => c.step);
-    let timer = null;
-    const stop = () => {
-      clearInterval(timer);
-      timer = null;
-      play.textContent = "Play";
-    };
     play.addEventListener("click", () => {
       if (timer) return stop();
       if (state[control.name] === control.max) state[control.name] = 0;
       play.textContent = "Pause";
       timer = setInterval(() => {
-        state[control.name] += 1;
-        show();
+        state[control.name] = Math.min(state[control.name] + 1, control.max);
+        show(true);
         if (state[control.name] === control.max) stop();
       }, 60);
     });
   }
 
   figure.querySelector("form").hidden = false;
-  new ResizeObserver(show).observe(picture);
-  show();
+  let width = 0;
+  const resized = () => {
+    if (picture.clientWidth === width) return;
+    width = picture.clientWidth;
+    show(true);
+  };
+  window.addEventListener("resize", resized);
+  resized();
 }
