@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# One thread per process, so that two runs use two cores. glibc gives memory back after
-# every step, and getting it again in small pages takes a sixth of a step.
+# One thread per process, so that two runs use two cores. Huge pages, because glibc
+# gives memory back after every step, and getting it again in small pages is slow.
 ENVIRONMENT = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
     "OPENBLAS_NUM_THREADS": "1",

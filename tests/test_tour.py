@@ -13,6 +13,8 @@ import jax
 import numpy as np
 import pytest
 
+import optax_matrix as om
+
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 NAMES = sorted(path.stem for path in (DOCS / "tour" / "data").glob("*.json"))
 USED = [
@@ -136,12 +138,7 @@ def test_known_numbers_of_the_data():
 @pytest.mark.core
 @pytest.mark.parametrize("name", NAMES)
 def test_data_is_what_the_library_computes(name):
-    """Almost all numbers: other processors round differently.
-
-    In the race a sign that falls otherwise changes all losses after it. With
-    XLA_FLAGS=--xla_cpu_max_isa=AVX 83 % of its numbers are the same, and more than 98 %
-    of all others.
-    """
+    """Almost all numbers: other processors round differently."""
 
     def close(a, b, path=""):
         assert type(a) is type(b) or {type(a), type(b)} == {int, float}, path
@@ -161,5 +158,11 @@ def test_data_is_what_the_library_computes(name):
 
     with jax.numpy_rank_promotion("allow"):
         widget = module(DOCS / "tour" / "data.py").WIDGETS[name]()
-    made = json.loads(json.dumps(widget))
-    assert np.mean(close(load(name), made)) > (0.7 if name == "race" else 0.98)
+    made, kept = json.loads(json.dumps(widget)), load(name)
+    if name == "race":
+        # Polar factors and eigenbases of matrices that are nearly singular depend on
+        # rounding, so only the first steps of these rungs are the same everywhere.
+        for race, key in itertools.product((made, kept), kept["values"]):
+            if race["series"][int(key.split(",")[0])] in om.MATRIX_OPTIMIZERS:
+                race["values"][key] = race["values"][key][:5]
+    assert np.mean(close(kept, made)) > 0.98

@@ -27,7 +27,7 @@ from examples.nanogpt import record
 from examples.rl import configs, train
 
 STEPS, LONG = 200, 600
-BASE_STEPS = 450  # the base knows the words, and leaves arithmetic to learn
+BASE_STEPS = 450  # after `make rl`'s 600, little arithmetic is left to learn
 SEARCH_SEED, SEEDS = 0, (1, 2, 3, 4, 5)
 # Six learning rates over one and a half decades, relative to the arm's middle one.
 FACTORS = tuple(2.0**k for k in (-2.5, -1.5, -0.5, 0.5, 1.5, 2.5))
