@@ -23,7 +23,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # beside XLA's, which slows both: see benchmarks/README.md.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: nanogpt rl search docs tour browser test test-lowest test-newest lint format release-check clean
+.PHONY: nanogpt rl search docs tour widgets browser test test-lowest test-newest lint format release-check clean
 
 nanogpt: $(VENV)/.examples$(ACCELERATOR)
 	$(BIN)/python -m examples.nanogpt.train --config tiny $(ARGS)
@@ -44,6 +44,10 @@ docs: $(VENV)/.docs$(ACCELERATOR)
 # The tour of optimizers, in the browser.
 tour: docs
 	$(BIN)/python -m webbrowser -t file://$(CURDIR)/build/docs/tour/index.html
+
+# Computes the numbers of the tour's pictures again.
+widgets: $(VENV)/.docs$(ACCELERATOR)
+	cd docs/tour && $(abspath $(BIN)/python) -m widgets $(ARGS)
 
 # Needs chromium, chromedriver and npm (Debian: chromium-driver npm).
 browser: $(VENV)/.browser$(ACCELERATOR) docs

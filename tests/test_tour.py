@@ -1,6 +1,7 @@
 """The tour's widgets: their data, and what JavaScript draws of it."""
 
 import gzip
+import importlib
 import importlib.util
 import itertools
 import json
@@ -32,6 +33,13 @@ def module(path):
     return found
 
 
+@pytest.fixture
+def widgets(monkeypatch):
+    """The functions that compute the data, by name."""
+    monkeypatch.syspath_prepend(DOCS / "tour")
+    return importlib.import_module("widgets").WIDGETS
+
+
 def load(name):
     return json.loads((DOCS / "tour" / "data" / f"{name}.json").read_text())
 
@@ -49,8 +57,8 @@ def canvas():
     return module(DOCS / "_ext" / "tour.py").Canvas()
 
 
-def test_every_widget_is_on_a_page_once():
-    assert sorted(USED) == NAMES == sorted(module(DOCS / "tour" / "data.py").WIDGETS)
+def test_every_widget_is_on_a_page_once(widgets):
+    assert sorted(USED) == NAMES == sorted(widgets)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -137,7 +145,7 @@ def test_known_numbers_of_the_data():
 @pytest.mark.slow
 @pytest.mark.core
 @pytest.mark.parametrize("name", NAMES)
-def test_data_is_what_the_library_computes(name):
+def test_data_is_what_the_library_computes(widgets, name):
     """Almost all numbers: other processors round differently."""
 
     def close(a, b, path=""):
@@ -157,7 +165,7 @@ def test_data_is_what_the_library_computes(name):
         return [abs(a - b) <= max(0.02 * max(abs(a), abs(b)), rounding)]
 
     with jax.numpy_rank_promotion("allow"):
-        widget = module(DOCS / "tour" / "data.py").WIDGETS[name]()
+        widget = widgets[name]()
     made, kept = json.loads(json.dumps(widget)), load(name)
     if name == "race":
         # Polar factors and eigenbases of matrices that are nearly singular depend on

@@ -2,7 +2,7 @@
 
 // Pure functions from the state of a widget and its data to an SVG and a sentence. The
 // browser calls them when a control moves, and the build calls them for the figure that
-// is shown without JavaScript. They draw numbers that Python computed; see tour/data.py.
+// is shown without JavaScript. They draw numbers that Python computed; see tour/widgets.
 const Tour = (() => {
   const format = (x) => {
     const size = Math.abs(x);

@@ -1,0 +1,226 @@
+"""Curves over steps, and over condition numbers."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optax_matrix as om
+
+from .common import Widget, combinations, control, rounded
+from .paths import walk
+
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+
+
+def curves(
+    name: str,
+    title: str,
+    controls: Sequence[Widget],
+    values: dict[str, Any],
+    *,
+    series: Sequence[str],
+    x: Sequence[float],
+    between: tuple[float, float],
+    ylabel: str,
+    xlabel: str = "step",
+    ylog: bool = False,
+) -> Widget:
+    """Returns a widget of curves."""
+    return {
+        **{"name": name, "title": title, "kind": "curves", "series": list(series)},
+        **{"controls": list(controls), "x": list(x), "range": between},
+        **{"xlabel": xlabel, "ylabel": ylabel, "ylog": ylog},
+        "values": {key: rounded(found) for key, found in values.items()},
+    }
+
+
+def over(optimizer: optax.GradientTransformation, gradients: jax.Array, see: Callable):
+    """Returns what is seen of (updates, state) in each step of a scalar's gradients."""
+
+    def step(state, gradient):
+        updates, state = optimizer.update(gradient, state)
+        return state, see(updates, state)
+
+    return jax.lax.scan(step, optimizer.init(jnp.float32(0)), gradients)[1]
+
+
+def accumulators() -> Widget:
+    decays, every = (0.9, 0.95, 0.99, 0.999, 0.9995), 4
+    ones = jnp.ones(400)
+    total = over(
+        optax.scale_by_rss(initial_accumulator_value=0.0),
+        ones,
+        lambda _, state: state.sum_of_squares,
+    )
+    values = {
+        key: [
+            total[::every],
+            over(optax.scale_by_rms(decay), ones, lambda _, state: state.nu)[::every],
+        ]
+        for key, (decay,) in combinations(decays).items()
+    }
+    return curves(
+        "accumulators",
+        "The accumulators of AdaGrad and RMSProp for a constant gradient of 1",
+        [control("decay", "Decay β₂", decays, 2)],
+        values,
+        series=["AdaGrad", "RMSProp"],
+        x=list(range(1, 401, every)),
+        between=(1e-4, 1e3),
+        ylabel="accumulator",
+        ylog=True,
+    )
+
+
+def signal() -> Widget:
+    b1s, b2s, sigmas, every = (
+        (0.0, 0.5, 0.9, 0.99),
+        (0.9, 0.99, 0.999),
+        (0.3, 1.0, 3.0),
+        5,
+    )
+    noise = jax.random.normal(jax.random.key(2), (300,))
+    oscillating = jnp.where(jnp.arange(300) % 2 == 0, 1.0, -1.0)
+
+    def ratios(b1, b2, sigma):
+        adam = optax.scale_by_adam(b1, b2)
+        streams = (jnp.full(300, 0.3), 0.3 + sigma * noise, oscillating)
+        return [over(adam, stream, lambda u, _: u)[::every] for stream in streams]
+
+    return curves(
+        "signal",
+        "Adam's update for three streams of gradients",
+        [
+            control("b1", "β₁", b1s, 2),
+            control("b2", "β₂", b2s, 2),
+            control("sigma", "Noise σ", sigmas, 1),
+        ],
+        {k: ratios(*values) for k, values in combinations(b1s, b2s, sigmas).items()},
+        series=["0.3", "0.3 with noise", "±1"],
+        x=list(range(1, 301, every)),
+        between=(-3.5, 3.5),
+        ylabel="update",
+    )
+
+
+def spectrum() -> Widget:
+    """Singular values before and after polar methods."""
+    skews = (0.0, 0.5, 1.0, 2.0, 3.0)
+    methods = {
+        "Newton-Schulz, 1 step": om.NewtonSchulz(1),
+        **{f"Newton-Schulz, {k} steps": om.NewtonSchulz(k) for k in (2, 3, 4, 5)},
+        "Polar Express, 5 steps": om.NewtonSchulz(coefficients="polar_express"),
+        "Halley, bound 0.01": om.Halley(1e-2),
+        "exact": om.Exact(),
+    }
+    index = jnp.arange(32)
+
+    def found(skew, method):
+        before = 10.0 ** (-skew * index / 31)
+        before = before / jnp.linalg.norm(before)
+        after = jnp.linalg.svd(method.polar(jnp.diag(before)), compute_uv=False)
+        return [before, after]
+
+    widget = curves(
+        "spectrum",
+        "Singular values of an update before and after orthogonalization",
+        [
+            control("skew", "Skew: decades of singular values", skews, 3),
+            control("method", "Method", list(methods), 4),
+        ],
+        {
+            key: found(skew, methods[name])
+            for key, (skew, name) in combinations(skews, list(methods)).items()
+        },
+        series=["before", "after"],
+        x=list(range(1, 33)),
+        between=(1e-4, 2.0),
+        xlabel="singular value, by size",
+        ylabel="singular value",
+        ylog=True,
+    )
+    return widget
+
+
+def condition() -> Widget:
+    """Steps to a loss, by the ratio of the curvatures."""
+    goals, most = (1e-2, 1e-4, 1e-6), 4000
+    ratios = [round(10.0 ** (i / 4), 2) for i in range(13)]
+
+    def needed(optimizer, ratio):
+        curvatures = (1.0, ratio)
+        points = walk(optimizer, (1.0, 1.0 / ratio), curvatures, jnp.zeros((most, 2)))
+        losses = jnp.sum(jnp.array(curvatures) * points**2, axis=1) / 2
+        below = losses[None] < jnp.array(goals)[:, None]
+        # The last time that it is above, because momentum oscillates.
+        return most - jnp.argmax(jnp.cumsum(~below[:, ::-1], axis=1) > 0, axis=1)
+
+    def newtons(ratio):
+        def loss(point):
+            return jnp.sum(jnp.array((1.0, ratio)) * point**2) / 2
+
+        point: Any = jnp.array((1.0, 1.0 / ratio))
+        count = 0
+        while loss(point) >= min(goals):
+            point = optax.apply_updates(point, om.newton_step(loss, point))
+            count += 1
+        return [count] * len(goals)
+
+    plain, heavy = [], []
+    for ratio in ratios:
+        root = ratio**0.5
+        plain.append(needed(optax.sgd(2 / (1 + ratio)), ratio))
+        beta, rate = ((root - 1) / (root + 1)) ** 2, (2 / (1 + root)) ** 2
+        heavy.append(needed(optax.sgd(rate, momentum=beta), ratio))
+    rows = (plain, heavy, [newtons(ratio) for ratio in ratios])
+    values = {
+        str(i): [[int(found[i]) for found in row] for row in rows]
+        for i in range(len(goals))
+    }
+    widget = curves(
+        "condition",
+        "Steps to a loss, each method with its best constants",
+        [control("goal", "Loss to reach", goals, 1)],
+        values,
+        series=["gradient descent", "momentum", "Newton"],
+        x=ratios,
+        between=(0.8, 10_000.0),
+        xlabel="largest curvature over the smallest",
+        ylabel="steps",
+        ylog=True,
+    )
+    return {**widget, "xlog": True}
+
+
+def squeeze() -> Widget:
+    """The spectra of weights in training, from the runs of docs/convergence.md."""
+    lines = (RESULTS / "convergence_dynamics.jsonl").read_text().splitlines()
+    runs = [json.loads(line) for line in lines]
+    arms = {"adamw": "AdamW", "muonw": "MuonW", "muonh": "MuonH"}
+    arms["spectral_sphere"] = "spectral sphere"
+    measures = {"spectral entropy": "entropy", "participation ratio": "participation"}
+
+    def mean(arm, measure):
+        found = [run["points"] for run in runs if run["arm"] == arm]
+        rows = [[point["weights"][measure] for point in points] for points in found]
+        return np.mean(rows, axis=0)
+
+    return curves(
+        "squeeze",
+        "Spectra of the weights of a small GPT, relative to orthogonal matrices",
+        [control("measure", "Measure", list(measures), 1)],
+        {
+            key: [mean(arm, measures[name]) for arm in arms]
+            for key, (name,) in combinations(list(measures)).items()
+        },
+        series=list(arms.values()),
+        x=[point["step"] for point in runs[0]["points"]],
+        between=(0.0, 1.0),
+        ylabel="relative to an orthogonal matrix",
+    )
