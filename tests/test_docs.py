@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import inspect
 import pathlib
 import re
 import subprocess
@@ -22,6 +23,31 @@ def test_every_public_name_is_in_the_reference_once():
     names = re.findall(r"^\.\. auto(?:function|class|data):: (\w+)$", text, re.M)
     assert sorted([*names, "diagnostics"]) == sorted(om.__all__)
     assert ".. automodule:: optax_matrix.diagnostics\n   :members:" in text
+
+
+def test_citations_are_those_of_the_docstrings():
+    text = (DOCS / "citations.md").read_text()
+    bib = (DOCS / "references.bib").read_text()
+    entries = dict(re.findall(r"^@misc\{(\w+),\n(.*?)^\}$", bib, re.M | re.S))
+    assert len(entries) == bib.count("@")
+    assert all("title = " in entry and "year = " in entry for entry in entries.values())
+    rows = {
+        name: re.findall(r"`(\w+)`", keys)
+        for name, keys in re.findall(r"^\| `([^`]+)` \| (.*) \|$", text, re.M)
+    }
+    assert set(entries) == {key for keys in rows.values() for key in keys}
+    published = [name for name in om.OPTIMIZERS if name in om.__all__]
+    assert set(published) <= set(rows)
+    for name, keys in rows.items():
+        if "(" in name:  # a polar method
+            assert isinstance(eval(f"om.{name}", {"om": om}), om.PolarMethod)
+        elif name in published:
+            assert keys
+    for name in om.__all__:
+        cited = set(re.findall(r"arXiv:([\d.]+\d)", getattr(om, name).__doc__ or ""))
+        if inspect.isroutine(getattr(om, name)) and cited:
+            found = "".join(entries[key] for key in rows[name])
+            assert cited <= set(re.findall(r"eprint = \{(.*)\}", found)), name
 
 
 def extension(name):
