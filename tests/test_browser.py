@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 
 import pytest
 
@@ -12,6 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 SITE = ROOT / "build" / "docs"
 AXE = ROOT / "build" / "package" / "axe.min.js"  # from `npm pack axe-core`
 TOUR = sorted(path.stem for path in (ROOT / "docs" / "tour").glob("*.md"))
+CHAPTERS = [f"tour/{name}" for name in TOUR if name != "index"]
 OTHERS = ["index", "quickstart", "derivations", "convergence", "api/optimizers"]
 PAGES = [*(f"tour/{name}" for name in TOUR), *OTHERS]
 
@@ -44,6 +46,14 @@ def visit(browser, page):
     return browser
 
 
+def wait(browser, true, seconds=10):
+    """Waits until a condition holds."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not become true in time"
+        browser.execute_async_script("setTimeout(arguments[0], 30)")
+
+
 def set_width(browser, width):
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -65,39 +75,127 @@ def test_a_page_loads_nothing_from_elsewhere_and_has_no_errors(browser, page):
     ]
     assert len(loaded) > 3
     assert [url for url in loaded if not re.match("file:|data:", url)] == []
-    # The theme says there which mode it has chosen.
-    said = [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"]
-    assert said == []
+    assert said(browser) == []
 
 
-@pytest.mark.parametrize("page", [f"tour/{name}" for name in TOUR])
-def test_sliders_move_by_keyboard(browser, page):
-    from selenium.webdriver.common.keys import Keys
+def parts(figure):
+    """The picture of a widget, its status and its controls."""
+    picture = figure.find_element("css selector", ".tour-picture")
+    status = figure.find_element("css selector", "[role=status]")
+    return picture, status, figure.find_elements("css selector", "input")
 
+
+def figures_of(browser, page):
+    """The widgets of a page, and a check that none of them logs an error."""
+    browser.get_log("browser")
     visit(browser, page)
     figures = browser.find_elements("css selector", "figure.tour-widget")
-    for figure in figures:
-        for slider in figure.find_elements("css selector", "input"):
-            assert slider.is_displayed()
-            picture = figure.find_element("css selector", ".tour-picture")
-            before = picture.get_attribute("innerHTML"), slider.get_attribute("value")
-            text = slider.get_attribute("aria-valuetext")
-            top = slider.get_attribute("max") == slider.get_attribute("value")
-            slider.send_keys(Keys.ARROW_LEFT if top else Keys.ARROW_RIGHT)
-            assert slider.get_attribute("value") != before[1]
-            assert slider.get_attribute("aria-valuetext") != text
-            assert picture.get_attribute("innerHTML") != before[0]
-            status = figure.find_element("css selector", "[role=status]").text
-            assert len(status) > 10 and "undefined" not in status
-        for button in figure.find_elements("css selector", "button"):
-            shown = figure.find_element("css selector", "[name=step]")
-            before = shown.get_attribute("value")
-            button.click()
-            browser.execute_async_script("setTimeout(arguments[0], 300)")
-            button.click()
-            assert shown.get_attribute("value") != before
-    if page not in ("tour/index",):
-        assert figures
+    assert figures
+    return figures
+
+
+def said(browser):
+    """What pages have logged, but for the theme, which says what mode it has chosen."""
+    return [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"]
+
+
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_controls_change_by_keyboard_and_are_reset(browser, page):
+    from selenium.webdriver.common.keys import Keys
+
+    for figure in figures_of(browser, page):
+        picture, status, controls = parts(figure)
+        first = picture.get_attribute("innerHTML"), status.text
+        for control in controls:
+            assert control.is_displayed()
+            before = picture.get_attribute("innerHTML")
+            if control.get_attribute("type") == "checkbox":
+                checked = control.is_selected()
+                control.send_keys(Keys.SPACE)
+                assert control.is_selected() != checked
+            else:
+                value = control.get_attribute("value")
+                text = control.get_attribute("aria-valuetext")
+                top = control.get_attribute("max") == value
+                control.send_keys(Keys.ARROW_LEFT if top else Keys.ARROW_RIGHT)
+                assert control.get_attribute("value") != value
+                assert control.get_attribute("aria-valuetext") != text
+            assert picture.get_attribute("innerHTML") != before
+            assert len(status.text) > 10 and "undefined" not in status.text
+        figure.find_element("css selector", "[name=reset]").click()
+        assert (picture.get_attribute("innerHTML"), status.text) == first
+    assert said(browser) == []
+
+
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_play_goes_to_the_end_and_begins_again(browser, page):
+    for figure in figures_of(browser, page):
+        for play in figure.find_elements("css selector", "[name=play]"):
+            step = figure.find_element("css selector", "[name=step]")
+            most = step.get_attribute("max")
+            play.click()
+            assert play.text == "Pause"
+            wait(browser, lambda p=play: p.text == "Play", 60)
+            assert step.get_attribute("value") == most
+            play.click()
+            wait(browser, lambda s=step: s.get_attribute("value") in ("1", "2", "3"))
+            play.click()
+            assert play.text == "Play"
+    assert said(browser) == []
+
+
+@pytest.mark.parametrize(
+    ("page", "widget", "way", "changed"),
+    [
+        ("tour/09_curvature", "newton", (150, 40), ["start"]),
+        ("tour/12_muonh", "circle", (-60, -90), ["eta", "gamma"]),
+    ],
+)
+@pytest.mark.parametrize("width", [390, 1200])
+def test_handles_are_dragged(browser, page, widget, way, changed, width):
+    from selenium.webdriver import ActionChains
+
+    set_width(browser, width)
+    try:
+        figures_of(browser, page)
+        figure = browser.find_element("id", f"widget-{widget}")
+        _, status, controls = parts(figure)
+
+        def values():
+            return {x.get_attribute("name"): x.get_attribute("value") for x in controls}
+
+        before, text = values(), status.text
+        handle = figure.find_element("css selector", ".handle")
+        center = "arguments[0].scrollIntoView({block: 'center'})"
+        browser.execute_script(center, handle)
+        scale = 1 if width > 800 else 0.45
+        x, y = (round(scale * each) for each in way)
+        ActionChains(browser).drag_and_drop_by_offset(handle, x, y).perform()
+        after = values()
+        assert [name for name in after if after[name] != before[name]] == changed
+        assert status.text != text
+        assert said(browser) == []
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_pictures_are_drawn_again_for_another_width(browser, page):
+    figures = figures_of(browser, page)
+    sizes = []
+    try:
+        for width in (1200, 390):
+            set_width(browser, width)
+            browser.execute_async_script("setTimeout(arguments[0], 200)")
+            boxes = [
+                figure.find_element("css selector", "svg").get_dom_attribute("viewBox")
+                for figure in figures
+            ]
+            sizes.append(boxes)
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert all(wide != narrow for wide, narrow in zip(*sizes, strict=True)), sizes
+    assert said(browser) == []
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -135,7 +233,7 @@ def test_no_serious_findings_of_axe(browser, page, dark):
     assert serious == []
 
 
-@pytest.mark.parametrize("page", [f"tour/{name}" for name in TOUR if name != "index"])
+@pytest.mark.parametrize("page", CHAPTERS)
 def test_without_scripts_there_is_a_figure(page):
     text = (SITE / f"{page}.html").read_text()
     figures = text.split('<figure class="tour-widget"')[1:]

@@ -48,6 +48,8 @@ def choices(control):
     """All places of a control, or some of its steps."""
     if control.get("step"):
         return [0, control["max"] // 2, control["max"]]
+    if control.get("many"):
+        return [(), (2,), tuple(range(len(control["texts"])))]
     return range(len(control["texts"]))
 
 
@@ -95,8 +97,12 @@ def test_paths_are_drawn_where_they_are(canvas):
         "controls": [
             {"name": "step", "label": "Step", "max": 3, "value": 2, "step": 1}
         ],
-        **{"domain": [-2, 2, -1, 1], "curvatures": [1.0, 4.0], "levels": [0.5]},
-        "paths": {"": [[[-100, 0, 100], [50, 0, -50]], [[100, 300], [0, 0]]]},
+        **{"domain": [-2, 2, -1, 1], "curvatures": [[1.0, 4.0]], "levels": [0.5]},
+        "by": [[], []],
+        "paths": [
+            {"": [[-100, 0, 100], [50, 0, -50]]},
+            {"": [[100, 300], [0, 0]]},
+        ],
     }
     found = canvas.draw(data)
     assert found["status"] == "Step 2. a: loss 1, b left the picture."
@@ -113,11 +119,94 @@ def test_paths_are_drawn_where_they_are(canvas):
 
 def test_chosen_curves_are_those_of_their_series(canvas):
     race = load("race")
-    status = canvas.draw(race, {"first": 0, "second": 5, "seed": 2})["status"]
-    ends = [race["values"][f"{place},2"][-1] for place in (0, 5)]
+    status = canvas.draw(race, {"series": [0, 6], "seed": 2})["status"]
+    ends = [race["values"]["2"][place][-1] for place in (0, 6)]
     found = re.fullmatch(r"At the end: sgd (\S+), sign_sgd (\S+)\.", status)
     assert found
     np.testing.assert_allclose([float(x) for x in found.groups()], ends, rtol=0.05)
+
+
+def test_handles_go_to_the_nearest_place(canvas):
+    def drag(name, state, x, y):
+        given = (
+            f"Tour.drag({json.dumps(state)}, {json.dumps(load(name))}, 720, {x}, {y})"
+        )
+        return json.loads(str(canvas.engine.eval(f"JSON.stringify({given})")))
+
+    def handle(name, state):
+        svg = canvas.draw(load(name), {**initial(name), **state})["svg"]
+        found = re.search(r'class="handle" cx="(\S+)" cy="(\S+)"', svg)
+        assert found
+        return map(float, found.groups())
+
+    def initial(name):
+        return {control["name"]: control["value"] for control in load(name)["controls"]}
+
+    for start in range(9):
+        assert drag(
+            "newton", initial("newton"), *handle("newton", {"start": start})
+        ) == {"start": start}
+    for eta, gamma in itertools.product(range(4), range(11)):
+        state = {"eta": eta, "gamma": gamma}
+        assert drag("circle", initial("circle"), *handle("circle", state)) == state
+
+
+def test_the_losses_of_paths_are_those_of_their_valley(canvas):
+    data = load("newton")
+    begin = {control["name"]: control["value"] for control in data["controls"]}
+    for curvature, start in itertools.product(range(3), range(9)):
+        state = {**begin, "curvature": curvature, "start": start, "step": 0}
+        x, y = data["starts"][start]
+        loss = (x**2 + (1.0, 5.0, 25.0)[curvature] * y**2) / 2
+        found = re.findall(r"loss ([\d.]*\d)", canvas.draw(data, state)["status"])
+        np.testing.assert_allclose([float(each) for each in found], [loss] * 2, 1e-2)
+
+
+def test_a_step_is_said_to_be_lower_or_higher(canvas):
+    data = load("slopes")
+    for place, rate in enumerate(map(float, data["controls"][0]["texts"])):
+        status = canvas.draw(data, {"rate": place})["status"]
+        losses = [-rate + curvature * rate**2 / 2 for curvature in (0.5, 4.0)]
+        found = re.findall(r"loss (\S+), (lower|higher)", status)
+        np.testing.assert_allclose([float(x) for x, _ in found], losses, 0.01, 1e-3)
+        for loss, (_, said) in zip(losses, found, strict=True):
+            assert abs(loss) < 1e-3 or said == ("lower" if loss < 0 else "higher")
+
+
+def test_level_sets_are_those_of_the_hessian(canvas):
+    data = load("hessian")
+    texts = {control["name"]: control["texts"] for control in data["controls"]}
+    shapes, checked = {}, 0
+    for xx, yy, xy in itertools.product(range(5), range(5), range(5)):
+        state = {"xx": xx, "yy": yy, "xy": xy}
+        a, b, c = (float(texts[name][place]) for name, place in state.items())
+        values = np.linalg.eigvalsh([[a, c], [c, b]])
+        found = canvas.draw(data, state)
+        shapes[tuple(np.sign(np.round(values, 6)))] = found["status"].split(": ")[1]
+        # On each level set the function has one value, which is among the levels.
+        left, side = (720 - 360) / 2 + 10, 360
+        top = float(re.search(r'class="frame" x="\S+" y="(\S+)"', found["svg"])[1])
+        paths = re.findall(r'class="level( dashed)?" d="M([^"]+)"', found["svg"])
+        assert len(paths) >= 2
+        for below, points in paths:
+            pixels = np.array([p.split() for p in points.split("L")], float)
+            x = (pixels[:, 0] - left) / side * 4 - 2
+            y = 2 - (pixels[:, 1] - top) / side * 4
+            near = (abs(x) < 2) & (abs(y) < 2)
+            heights = ((a * x**2 + b * y**2) / 2 + c * x * y)[near]
+            if len(heights):
+                level = 2.0 ** np.round(np.log2(abs(heights[0])))
+                level = -level if below else level
+                np.testing.assert_allclose(heights, level, atol=0.05, rtol=0.03)
+                checked += 1
+    assert checked > 500
+    assert shapes == {
+        (1.0, 1.0): "a bowl.",
+        (-1.0, 1.0): "a saddle.",
+        (-1.0, -1.0): "a hill.",
+        (0.0, 1.0): "a valley without end.",
+        (-1.0, 0.0): "a ridge without end.",
+    }
 
 
 def test_scripts_and_data_are_small():
@@ -170,7 +259,8 @@ def test_data_is_what_the_library_computes(widgets, name):
     if name == "race":
         # Polar factors and eigenbases of matrices that are nearly singular depend on
         # rounding, so only the first steps of these rungs are the same everywhere.
-        for race, key in itertools.product((made, kept), kept["values"]):
-            if race["series"][int(key.split(",")[0])] in om.MATRIX_OPTIMIZERS:
-                race["values"][key] = race["values"][key][:5]
+        for race, seed in itertools.product((made, kept), kept["values"]):
+            for place, rung in enumerate(race["series"]):
+                if rung in om.MATRIX_OPTIMIZERS:
+                    race["values"][seed][place] = race["values"][seed][place][:5]
     assert np.mean(close(kept, made)) > 0.98

@@ -54,8 +54,8 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((DOCS / "tour" / "data" / f"{name}.json").read_text())
 
 
-def slider(data: dict[str, Any], control: dict[str, Any]) -> str:
-    """Returns a control: a label, a range, and its value as text."""
+def slider(control: dict[str, Any]) -> str:
+    """Returns a label, a range, and its value as text."""
     most = control.get("max", len(control.get("texts", ())) - 1)
     value = control["value"]
     text = control["texts"][value] if "texts" in control else str(value)
@@ -65,6 +65,18 @@ def slider(data: dict[str, Any], control: dict[str, Any]) -> str:
         f'value="{value}" aria-valuetext="{html.escape(text)}" autocomplete="off">'
         f'<output aria-live="off">{html.escape(text)}</output></label>'
     )
+
+
+def checkboxes(control: dict[str, Any]) -> str:
+    """Returns a group of checkboxes."""
+    boxes = "".join(
+        f'<label><input type="checkbox" name="{control["name"]}" value="{place}" '
+        f'autocomplete="off"{" checked" if place in control["value"] else ""}>'
+        f"{html.escape(text)}</label>"
+        for place, text in enumerate(control["texts"])
+    )
+    legend = f"<legend>{html.escape(control['label'])}</legend>"
+    return f"<fieldset>{legend}{boxes}</fieldset>"
 
 
 class Widget(SphinxDirective):
@@ -79,9 +91,13 @@ class Widget(SphinxDirective):
         for path in (f"tour/data/{name}.json", "_static/tour/draw.js"):
             self.env.note_dependency(str(DOCS / path))
         drawn = Canvas().draw(data)
-        controls = "".join(slider(data, control) for control in data["controls"])
+        controls = "".join(
+            (checkboxes if control.get("many") else slider)(control)
+            for control in data["controls"]
+        )
         if any(control.get("step") for control in data["controls"]):
-            controls += '<button type="button">Play</button>'
+            controls += '<button type="button" name="play">Play</button>'
+        controls += '<button type="button" name="reset">Reset</button>'
         text = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
         text = text.replace("</", "<\\/")  # as in any script
         caption = nodes.paragraph()

@@ -71,84 +71,116 @@ const Tour = (() => {
     return { x, y, body };
   }
 
-  // Returns the names of series in their colors.
-  function legend(names, left, top) {
+  // Returns the names of series in their colors, over as many rows as they need, and the
+  // height of these. From the seventh color on they are hollow, and their lines dashed.
+  function legend(names, width, colors = names.map((_, i) => i)) {
     let body = "";
-    let x = left;
+    let [x, y] = [8, 16];
     names.forEach((name, i) => {
-      body += `<rect class="fill s${i}" x="${round(x)}" y="${top - 9}" width="10" height="10"/>`;
-      body += label(x + 14, top, name, "start", "small");
-      x += 30 + 7 * name.length;
+      const length = 30 + 7 * name.length;
+      if (x > 8 && x + length > width) [x, y] = [8, y + 18];
+      body += `<rect class="${colors[i] < 6 ? "fill" : "hollow"} s${colors[i] % 6}" x="${round(x)}" y="${y - 9}" width="10" height="10"/>`;
+      body += label(x + 14, y, name, "start", "small");
+      x += length;
     });
-    return body;
+    return { body, height: y };
   }
+
+  // Returns a group that shows nothing outside of a box.
+  const clipped = (name, { left, top, width, height }, body) =>
+    `<clipPath id="${name}"><rect x="${left}" y="${top}" width="${width}" height="${height}"/></clipPath>` +
+    `<g clip-path="url(#${name})">${body}</g>`;
 
   const svg = (width, height, body, about) =>
     `<svg viewBox="0 0 ${width} ${height}" role="img" aria-label="${escape(about)}">${body}</svg>`;
 
-  // Returns the place of a state in the lists of the data: its choices, in order.
-  const key = (state, data) =>
-    data.controls.filter((c) => !c.step).map((c) => state[c.name]).join(",");
+  // Returns the place of a state in the results of the data: its choices, in order.
+  const key = (state, data, by = null) =>
+    data.controls
+      .filter((c) => !c.step && !c.many && (!by || by.includes(c.name)))
+      .map((c) => state[c.name])
+      .join(",");
+
+  // Returns the place in a list of points of the one that is nearest to x and y.
+  const nearest = (points, x, y) => {
+    const far = points.map(([u, v]) => Math.hypot(u - x, v - y));
+    return far.indexOf(Math.min(...far));
+  };
 
   const kinds = {};
 
   // Paths of several optimizers over the level sets of a quadratic function.
-  kinds.paths = (state, data, width) => {
-    const box = { left: 40, top: 30, width: width - 50, height: Math.min(330, width * 0.62) };
-    const [left, right, low, high] = data.domain;
-    const { x, y, body } = frame(box, [left, right], [low, high], data);
-    const [a, b] = data.curvatures;
-    let out = body + `<clipPath id="${data.name}-clip"><rect x="${box.left}" y="${box.top}" width="${box.width}" height="${box.height}"/></clipPath>`;
-    out += `<g clip-path="url(#${data.name}-clip)">`;
-    for (const level of data.levels) {
-      const rx = Math.abs(x(Math.sqrt((2 * level) / a)) - x(0));
-      const ry = Math.abs(y(Math.sqrt((2 * level) / b)) - y(0));
-      out += `<ellipse class="level" cx="${round(x(0))}" cy="${round(y(0))}" rx="${round(rx)}" ry="${round(ry)}"/>`;
-    }
-    out += dot(x(0), y(0), "goal", 6);
-    const said = [];
-    data.paths[key(state, data)].forEach(([xs, ys], i) => {
-      // A path ends with its first point outside; its numbers are hundredths.
-      const points = xs.map((value, k) => [value / 100, ys[k] / 100]).slice(0, state.step + 1);
-      const [endX, endY] = points[points.length - 1];
-      const gone = endX < left || endX > right || endY < low || endY > high;
-      out += path(points.map(([u, v]) => [x(u), y(v)]), `line s${i}`);
-      const [u, v] = points[points.length - 1];
-      out += dot(x(u), y(v), `fill s${i}`);
-      const loss = format((a * u * u + b * v * v) / 2);
-      said.push(gone ? `${data.series[i]} left the picture` : `${data.series[i]}: loss ${loss}`);
-    });
-    out += "</g>" + legend(data.series, 8, 16);
-    const height = box.top + box.height + 38;
-    return { body: out, height, status: `Step ${state.step}. ${said.join(", ")}.` };
+  kinds.paths = {
+    box: (data, width) => {
+      const { body, height } = legend(data.series, width);
+      const box = { left: 40, top: height + 14, width: width - 50, height: Math.min(330, width * 0.62) };
+      const [left, right, low, high] = data.domain;
+      const found = frame(box, [left, right], [low, high], data);
+      return { ...found, box, body: body + found.body };
+    },
+    draw: (state, data, width) => {
+      const [left, right, low, high] = data.domain;
+      const { x, y, box, body } = kinds.paths.box(data, width);
+      const [a, b] = data.curvatures[state.curvature || 0];
+      let out = "";
+      for (const level of data.levels) {
+        const rx = Math.abs(x(Math.sqrt((2 * level) / a)) - x(0));
+        const ry = Math.abs(y(Math.sqrt((2 * level) / b)) - y(0));
+        out += `<ellipse class="level" cx="${round(x(0))}" cy="${round(y(0))}" rx="${round(rx)}" ry="${round(ry)}"/>`;
+      }
+      out += dot(x(0), y(0), "goal", 6);
+      const said = [];
+      data.paths.forEach((found, i) => {
+        // A path ends with its first point outside; its numbers are hundredths.
+        const [xs, ys] = found[key(state, data, data.by[i])];
+        const points = xs.map((value, k) => [value / 100, ys[k] / 100]).slice(0, state.step + 1);
+        out += path(points.map(([u, v]) => [x(u), y(v)]), `line s${i}`);
+        const [u, v] = points[points.length - 1];
+        out += dot(x(u), y(v), `fill s${i}`);
+        const gone = u < left || u > right || v < low || v > high;
+        const loss = format((a * u * u + b * v * v) / 2);
+        said.push(gone ? `${data.series[i]} left the picture` : `${data.series[i]}: loss ${loss}`);
+      });
+      if (data.starts) {
+        const [u, v] = data.starts[state.start];
+        out += dot(x(u), y(v), "handle", 9);
+      }
+      return {
+        body: body + clipped(`${data.name}-clip`, box, out),
+        height: box.top + box.height + 38,
+        status: `Step ${state.step}. ${said.join(", ")}.`,
+      };
+    },
+    drag: (state, data, width, px, py) => {
+      const { x, y } = kinds.paths.box(data, width);
+      return { start: nearest(data.starts.map(([u, v]) => [x(u), y(v)]), px, py) };
+    },
   };
 
-  // Curves over steps.
-  kinds.curves = (state, data, width) => {
-    const box = { left: 50, top: 44, width: width - 60, height: Math.min(290, width * 0.55) };
-    // Some widgets let the reader choose the series, each of which has its own values.
-    const chosen = (data.chosen || []).map((name) => state[name]);
-    const rest = data.controls.filter((c) => !(data.chosen || []).includes(c.name));
-    const at = rest.map((c) => state[c.name]).join(",");
-    const found = data.chosen ? chosen.map((i) => data.values[`${i},${at}`]) : data.values[at];
-    const series = data.chosen ? chosen.map((i) => data.series[i]) : data.series;
-    const xs = [data.x[0], data.x[data.x.length - 1]];
-    const { x, y, body } = frame(box, xs, data.range, data);
-    let out = body;
-    const said = [];
-    found.forEach((values, i) => {
-      const inside = values.map((v) => Math.min(Math.max(v, data.range[0]), data.range[1]));
-      out += path(inside.map((v, k) => [x(data.x[k]), y(v)]), `line s${i}`);
-      said.push(`${series[i]} ${format(values[values.length - 1])}`);
-    });
-    out += legend(series, 8, 16);
-    const height = box.top + box.height + 38;
-    return { body: out, height, status: `At the end: ${said.join(", ")}.` };
+  // Curves over steps. Where the data lets the reader choose the series, only those.
+  kinds.curves = {
+    draw: (state, data, width) => {
+      const chosen = state.series || data.series.map((_, i) => i);
+      const names = chosen.map((i) => data.series[i]);
+      const top = legend(names, width, chosen);
+      const box = { left: 50, top: top.height + 28, width: width - 68, height: Math.min(290, width * 0.55) };
+      const { x, y, body } = frame(box, [data.x[0], data.x[data.x.length - 1]], data.range, data);
+      let out = top.body + body;
+      const said = chosen.map((i) => {
+        const values = data.values[key(state, data)][i];
+        const inside = values.map((v) => Math.min(Math.max(v, data.range[0]), data.range[1]));
+        out += path(inside.map((v, k) => [x(data.x[k]), y(v)]), `line s${i % 6}${i < 6 ? "" : " dashed"}`);
+        return `${data.series[i]} ${format(values[values.length - 1])}`;
+      });
+      const status = said.length ? `At the end: ${said.join(", ")}.` : "Nothing is chosen.";
+      return { body: out, height: box.top + box.height + 38, status };
+    },
   };
 
   // Bars side by side.
-  kinds.bars = (state, data, width) => {
-    const box = { left: 50, top: 44, width: width - 60, height: Math.min(270, width * 0.5) };
+  kinds.bars = { draw: (state, data, width) => {
+    const top = legend(data.series, width);
+    const box = { left: 50, top: top.height + 28, width: width - 68, height: Math.min(270, width * 0.5) };
     const found = data.values[key(state, data)];
     const count = data.labels.length;
     const { y, body } = frame(box, [0, count], data.range, { ...data, bare: true });
@@ -158,21 +190,21 @@ const Tour = (() => {
     const each = (slot * 0.8) / found.length;
     found.forEach((values, i) => {
       values.forEach((value, k) => {
-        const top = y(Math.min(Math.max(value, floor), data.range[1]));
+        const high = y(Math.min(Math.max(value, floor), data.range[1]));
         const left = box.left + k * slot + slot * 0.1 + i * each;
-        out += `<rect class="fill s${i}" x="${round(left)}" y="${round(top)}" width="${round(each * 0.92)}" height="${round(y(floor) - top)}"/>`;
+        out += `<rect class="fill s${i}" x="${round(left)}" y="${round(high)}" width="${round(each * 0.92)}" height="${round(y(floor) - high)}"/>`;
       });
     });
     data.labels.forEach((text, k) => {
       out += label(box.left + (k + 0.5) * slot, box.top + box.height + 15, text);
     });
-    out += legend(data.series, 8, 16);
+    out += top.body;
     const said = found.map((values, i) => `${data.series[i]} ${values.map(format).join(", ")}`);
     return { body: out, height: box.top + box.height + 38, status: `${said.join("; ")}.` };
-  };
+  } };
 
   // Matrices as squares in two colors, by sign.
-  kinds.maps = (state, data, width) => {
+  kinds.maps = { draw: (state, data, width) => {
     const found = data.values[key(state, data)];
     const across = width < 500 ? 2 : found.length;
     const side = Math.min((width - 10 * (across - 1)) / across, 190);
@@ -197,10 +229,10 @@ const Tour = (() => {
     });
     const height = 20 + Math.ceil(found.length / across) * (side + 42);
     return { body: out, height, status: `${said.join("; ")}.` };
-  };
+  } };
 
   // Points, a line through the origin and the batch of a step; and the loss by slope.
-  kinds.fit = (state, data, width) => {
+  kinds.fit = { draw: (state, data, width) => {
     const half = width < 500 ? width : width / 2;
     const size = { width: half - 55, height: 210 };
     const [xs, ys] = data.points;
@@ -208,15 +240,13 @@ const Tour = (() => {
     const loss = (w) => xs.reduce((sum, x, i) => sum + (w * x - ys[i]) ** 2, 0) / xs.length;
     const first = { left: 40, top: 30, ...size };
     const left = frame(first, [-3.2, 3.2], [-4.5, 4.5], { xlabel: "x", ylabel: "y" });
-    let out = left.body + `<clipPath id="${data.name}-clip"><rect x="${first.left}" y="${first.top}" width="${first.width}" height="${first.height}"/></clipPath>`;
-    out += `<g clip-path="url(#${data.name}-clip)">`;
-    out += path([-3.2, 3.2].map((x) => [left.x(x), left.y(slope * x)]), "line s1");
+    let inner = path([-3.2, 3.2].map((x) => [left.x(x), left.y(slope * x)]), "line s1");
     const batch = new Set(data.orders[state.step].slice(0, data.sizes[state.size]));
     xs.forEach((x, i) => {
-      if (batch.has(i)) out += line(left.x(x), left.y(ys[i]), left.x(x), left.y(slope * x), "line s0");
-      out += dot(left.x(x), left.y(ys[i]), batch.has(i) ? "fill s0" : "goal", 4);
+      if (batch.has(i)) inner += line(left.x(x), left.y(ys[i]), left.x(x), left.y(slope * x), "line s0");
+      inner += dot(left.x(x), left.y(ys[i]), batch.has(i) ? "fill s0" : "goal", 4);
     });
-    out += "</g>";
+    let out = left.body + clipped(`${data.name}-clip`, first, inner);
     const second = width < 500 ? { left: 40, top: 300, ...size } : { left: half + 45, top: 30, ...size };
     const right = frame(second, [-1.2, 2.8], [0, 12], { xlabel: "slope w", ylabel: "loss" });
     const parabola = Array.from({ length: 81 }, (_, i) => -1.2 + i * 0.05);
@@ -229,37 +259,122 @@ const Tour = (() => {
     const height = second.top + size.height + 38;
     const said = inside ? `loss ${format(loss(slope))}` : "outside of the picture";
     return { body: out, height, status: `Step ${state.step}. Slope ${format(slope)}, ${said}.` };
-  };
+  } };
+
+  // Two parabolas with the same slope at 0, and where a step from there ends on each.
+  kinds.slopes = { draw: (state, data, width) => {
+    const { body, height } = legend(data.series, width);
+    const box = { left: 40, top: height + 28, width: width - 50, height: Math.min(290, width * 0.55) };
+    const plot = frame(box, [-3.2, 0.6], [-1.2, 2.2], { xlabel: "w", ylabel: "loss" });
+    const { x, y } = plot;
+    const xs = Array.from({ length: 77 }, (_, i) => -3.2 + i * 0.05);
+    let out = path([[-0.5, -0.5], [0.5, 0.5]].map(([u, v]) => [x(u), y(v)]), "level dashed");
+    const said = data.values[key(state, data)].map(({ end, goal }, i) => {
+      const curve = xs.map((u) => [x(u), y(u + (data.curvatures[i] * u * u) / 2)]);
+      out += path(curve, `line s${i}`) + dot(x(goal[0]), y(goal[1]), "goal", 6);
+      out += path([[x(0), y(0)], [x(end[0]), y(end[1])]], `line s${i} dashed`);
+      out += dot(x(end[0]), y(end[1]), `fill s${i}`);
+      const change = end[1] < 0 ? "lower" : "higher";
+      return `${data.series[i]}: loss ${format(end[1])}, ${change} than before`;
+    });
+    out += dot(x(0), y(0), "goal", 3);
+    return {
+      body: body + plot.body + clipped(`${data.name}-clip`, box, out),
+      height: box.top + box.height + 38,
+      status: `${said.join("; ")}.`,
+    };
+  } };
+
+  // Level sets of a quadratic function of two numbers, and the axes of its Hessian.
+  kinds.hessian = { draw: (state, data, width) => {
+    const { body, height } = legend(data.series, width);
+    const size = Math.min(width, 400) - 40;
+    const box = { left: (width - size) / 2 + 10, top: height + 14, width: size, height: size };
+    const plot = frame(box, [-2, 2], [-2, 2]);
+    const { x, y } = plot;
+    const { values, vectors } = data.values[key(state, data)];
+    // From coordinates along the two axes to pixels.
+    const at = ([u, v]) => [
+      x(u * vectors[0][0] + v * vectors[1][0]),
+      y(u * vectors[0][1] + v * vectors[1][1]),
+    ];
+    const along = Array.from({ length: 97 }, (_, i) => -3 + i / 16);
+    let out = "";
+    for (const level of [-8, -4, -2, -1, -0.5, -0.125, 0.125, 0.5, 1, 2, 4, 8]) {
+      const [p, q] = values.map((value) => Math.sqrt(Math.abs((2 * level) / value)));
+      const [alike, flat] = [values.map((value) => value * level > 0), values.map((value) => Math.abs(value) < 1e-6)];
+      const branches = [-1, 1].flatMap((sign) => {
+        if (flat[0]) return alike[1] ? [along.map((t) => [t, sign * q])] : [];
+        if (flat[1]) return alike[0] ? [along.map((t) => [sign * p, t])] : [];
+        if (alike[0] && alike[1]) {
+          return [along.map((t) => [p * Math.cos((t * Math.PI) / 3), sign * q * Math.sin((t * Math.PI) / 3)])];
+        }
+        if (alike[0]) return [along.map((t) => [sign * p * Math.cosh(t), q * Math.sinh(t)])];
+        if (alike[1]) return [along.map((t) => [p * Math.sinh(t), sign * q * Math.cosh(t)])];
+        return [];
+      });
+      for (const points of branches) out += path(points.map(at), level < 0 ? "level dashed" : "level");
+    }
+    const steepest = Math.abs(values[0]) > Math.abs(values[1]) ? 0 : 1;
+    vectors.forEach((_, i) => {
+      const unit = i ? [0, 1] : [1, 0];
+      out += path([at(unit.map((u) => -u)), at(unit)], `line s${i === steepest ? 0 : 1}`);
+    });
+    const shapes = { "1,1": "a bowl", "-1,1": "a saddle", "-1,-1": "a hill", "0,1": "a valley without end", "-1,0": "a ridge without end" };
+    const shape = shapes[values.map((value) => (Math.abs(value) < 1e-6 ? 0 : Math.sign(value))).join(",")];
+    return {
+      body: body + plot.body + clipped(`${data.name}-clip`, box, out),
+      height: box.top + box.height + 25,
+      status: `Eigenvalues ${values.map(format).join(" and ")}: ${shape || "flat"}.`,
+    };
+  } };
 
   // A step from a point of the unit circle, and the way back to the circle.
-  kinds.circle = (state, data, width) => {
-    const size = Math.min(width, 380);
-    const box = { left: (width - size) / 2 + 30, top: 20, width: size - 40, height: size - 40 };
-    const { x, y, body } = frame(box, [-0.6, 1.8], [-1.2, 1.2]);
-    const { tip, end, turn, asked } = data.values[key(state, data)];
-    let out = body;
-    const angles = Array.from({ length: 121 }, (_, i) => (i * Math.PI) / 60);
-    const inside = (u) => Math.cos(u) >= -0.6;
-    for (const part of [angles.filter((u) => inside(u) && u <= Math.PI), angles.filter((u) => inside(u) && u > Math.PI)]) {
-      out += path(part.map((u) => [x(Math.cos(u)), y(Math.sin(u))]), "level");
-    }
-    out += path([[x(0), y(0)], [x(1), y(0)]], "level");
-    out += path([[x(1), y(0)], [x(tip[0]), y(tip[1])]], "line s0");
-    out += path([[x(tip[0]), y(tip[1])], [x(end[0]), y(end[1])]], "line s2 dashed");
-    out += dot(x(1), y(0), "goal") + dot(x(tip[0]), y(tip[1]), "fill s0") + dot(x(end[0]), y(end[1]), "fill s1");
-    out += legend(data.series, 8, 12);
-    const status = `A step of ${format(asked)} turns the weight by ${format(turn)}.`;
-    return { body: out, height: box.top + box.height + 25, status };
+  kinds.circle = {
+    box: (data, width) => {
+      const { body, height } = legend(data.series, width);
+      const size = Math.min(width, 380) - 40;
+      const box = { left: (width - size) / 2 + 10, top: height + 14, width: size, height: size };
+      const found = frame(box, [-0.6, 1.8], [-1.2, 1.2]);
+      return { ...found, box, body: body + found.body };
+    },
+    draw: (state, data, width) => {
+      const { x, y, box, body } = kinds.circle.box(data, width);
+      const { tip, end, turn } = data.values[key(state, data)];
+      const angles = Array.from({ length: 121 }, (_, i) => (i * Math.PI) / 60);
+      let out = path(angles.map((u) => [x(Math.cos(u)), y(Math.sin(u))]), "level");
+      out += path([[x(0), y(0)], [x(1), y(0)]], "level");
+      out += path([[x(1), y(0)], [x(tip[0]), y(tip[1])]], "line s0");
+      out += path([[x(tip[0]), y(tip[1])], [x(end[0]), y(end[1])]], "line s2 dashed");
+      out += dot(x(1), y(0), "goal") + dot(x(end[0]), y(end[1]), "fill s1");
+      out += dot(x(tip[0]), y(tip[1]), "fill s0") + dot(x(tip[0]), y(tip[1]), "handle", 9);
+      const asked = data.controls[0].texts[state.eta];
+      return {
+        body: body + clipped(`${data.name}-clip`, box, out),
+        height: box.top + box.height + 25,
+        status: `A step of ${asked} turns the weight by ${format(turn)}.`,
+      };
+    },
+    drag: (state, data, width, px, py) => {
+      const { x, y } = kinds.circle.box(data, width);
+      const keys = Object.keys(data.values);
+      const tips = keys.map((k) => [x(data.values[k].tip[0]), y(data.values[k].tip[1])]);
+      const [eta, gamma] = keys[nearest(tips, px, py)].split(",").map(Number);
+      return { eta, gamma };
+    },
   };
 
   // Draws a widget: {svg, status}.
   function draw(state, data, width) {
-    const { body, height, status } = kinds[data.kind](state, data, width);
+    const { body, height, status } = kinds[data.kind].draw(state, data, width);
     return { svg: svg(width, round(height), body, `${data.title}. ${status}`), status };
   }
 
-  // Returns the state that a widget begins with: an index for each control.
+  // Returns what changes in the state when the handle of a widget is dragged to a place.
+  const drag = (state, data, width, px, py) => kinds[data.kind].drag(state, data, width, px, py);
+
+  // Returns the state that a widget begins with: an index for each control, or several.
   const initial = (data) => Object.fromEntries(data.controls.map((c) => [c.name, c.value]));
 
-  return { draw, initial, kinds, format, frame, label, line, dot, path, round };
+  return { draw, drag, initial };
 })();

@@ -7,14 +7,18 @@ for (const figure of document.querySelectorAll("figure.tour-widget")) {
   const picture = figure.querySelector(".tour-picture");
   const status = figure.querySelector("[role=status]");
   const inputs = [...figure.querySelectorAll("input")];
+  const width = () => Math.max(320, Math.min(720, picture.clientWidth));
 
   // Screen readers hear the status when a control comes to rest, not in every frame.
   const show = (quietly = false) => {
-    const width = Math.max(320, Math.min(720, picture.clientWidth));
-    const found = Tour.draw(state, data, width);
+    const found = Tour.draw(state, data, width());
     picture.innerHTML = found.svg;
     if (!quietly) status.textContent = found.status;
     for (const input of inputs) {
+      if (input.type === "checkbox") {
+        input.checked = state[input.name].includes(Number(input.value));
+        continue;
+      }
       const control = data.controls.find((c) => c.name === input.name);
       const text = control.texts ? control.texts[state[input.name]] : String(state[input.name]);
       input.value = state[input.name];
@@ -23,10 +27,11 @@ for (const figure of document.querySelectorAll("figure.tour-widget")) {
     }
   };
 
-  const play = figure.querySelector("button");
+  const play = figure.querySelector("[name=play]");
   const control = data.controls.find((c) => c.step);
   let timer = null;
   const stop = () => {
+    if (!timer) return;
     clearInterval(timer);
     timer = null;
     play.textContent = "Play";
@@ -35,8 +40,13 @@ for (const figure of document.querySelectorAll("figure.tour-widget")) {
 
   for (const input of inputs) {
     input.addEventListener("input", () => {
-      if (timer) stop();
-      state[input.name] = Number(input.value);
+      stop();
+      if (input.type === "checkbox") {
+        const chosen = inputs.filter((each) => each.name === input.name && each.checked);
+        state[input.name] = chosen.map((each) => Number(each.value));
+      } else {
+        state[input.name] = Number(input.value);
+      }
       show();
     });
   }
@@ -54,11 +64,33 @@ for (const figure of document.querySelectorAll("figure.tour-widget")) {
     });
   }
 
+  figure.querySelector("[name=reset]").addEventListener("click", () => {
+    stop();
+    Object.assign(state, Tour.initial(data));
+    show();
+  });
+
+  // The picture holds the pointer, because the handle itself is drawn anew.
+  picture.addEventListener("pointerdown", (event) => {
+    if (!event.target.classList.contains("handle")) return;
+    event.preventDefault();
+    picture.setPointerCapture(event.pointerId);
+  });
+  picture.addEventListener("pointermove", (event) => {
+    if (!picture.hasPointerCapture(event.pointerId)) return;
+    const shown = picture.firstElementChild.getBoundingClientRect();
+    const scale = width() / shown.width;
+    const [x, y] = [event.clientX - shown.left, event.clientY - shown.top];
+    Object.assign(state, Tour.drag(state, data, width(), x * scale, y * scale));
+    show(true);
+  });
+  picture.addEventListener("lostpointercapture", () => show());
+
   figure.querySelector("form").hidden = false;
-  let width = 0;
+  let last = 0;
   const resized = () => {
-    if (picture.clientWidth === width) return;
-    width = picture.clientWidth;
+    if (picture.clientWidth === last) return;
+    last = picture.clientWidth;
     show(true);
   };
   window.addEventListener("resize", resized);

@@ -1,6 +1,6 @@
 """Bars side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,17 +9,15 @@ import optax
 
 import optax_matrix as om
 
-from .common import Widget, combinations, control, rounded
+from .common import Choice, Choices, Widget, controls, results, rounded
 from .curves import over
-
-SIZES = (0.01, 0.1, 1.0, 10.0, 100.0)
 
 
 def bars(
     name: str,
     title: str,
-    controls: Sequence[Widget],
-    values: dict[str, Any],
+    choices: Choices,
+    make: Callable[..., Any],
     *,
     series: Sequence[str],
     labels: Sequence[str],
@@ -28,19 +26,55 @@ def bars(
     ylabel: str,
     ylog: bool = False,
 ) -> Widget:
-    """Returns a widget of bars."""
+    """Returns a widget of bars; arguments are as for `curves`, with a label a group."""
     return {
         **{"name": name, "title": title, "kind": "bars", "series": list(series)},
-        **{"controls": list(controls), "labels": list(labels), "range": between},
+        **{"controls": controls(choices), "labels": list(labels), "range": between},
         **{"xlabel": xlabel, "ylabel": ylabel, "ylog": ylog},
-        "values": {key: rounded(found) for key, found in values.items()},
+        "values": results(choices, lambda **values: rounded(make(**values))),
     }
+
+
+def scenarios() -> Widget:
+    """Adam's update for six kinds of gradients, and what it tends to."""
+    count = 50_000
+    noise = jax.random.normal(jax.random.key(6), (count,))
+    flip = jnp.where(jnp.arange(count) % 2 == 0, 1.0, -1.0)
+    streams = {  # and the signal over the root of the mean square
+        "clean": (jnp.full(count, 0.3), 1.0),
+        "noisy": (0.3 + noise, 0.3 / 1.09**0.5),
+        "weak": (0.1 + noise, 0.1 / 1.01**0.5),
+        "noise": (noise, 0.0),
+        "flipping": (flip, 0.0),
+        "loud": (jnp.full(count, 100.0), 1.0),
+    }
+
+    def found(beta):
+        adam = optax.scale_by_adam(beta, beta)
+        updates = jnp.stack(
+            [over(adam, stream, lambda u, _: u) for stream, _ in streams.values()]
+        )
+        late = updates[:, count // 2 :]
+        limits = [limit for _, limit in streams.values()]
+        return [limits, jnp.mean(late, axis=1), jnp.std(late, axis=1)]
+
+    return bars(
+        "scenarios",
+        "Adam's update for six kinds of gradients",
+        {"beta": Choice("β₁ = β₂", (0.9, 0.99, 0.999, 0.9999), 0)},
+        found,
+        series=["limit", "mean of updates", "their standard deviation"],
+        labels=list(streams),
+        between=(0.0, 1.1),
+        xlabel="gradients",
+        ylabel="update",
+    )
 
 
 def decay() -> Widget:
     """What is left of weights whose gradients alternate, with different sizes."""
-    decays, rates = (0.01, 0.03, 0.1, 0.3), (0.003, 0.01, 0.03)
-    noise = jnp.array(SIZES)[:, None] * jnp.array([1.0, -1.0] * 100)
+    sizes = (0.01, 0.1, 1.0, 10.0, 100.0)
+    gradients = jnp.array([1.0, -1.0] * 100)[:, None] * jnp.array(sizes)
 
     def left(optimizer):
         def step(carry, gradient):
@@ -48,27 +82,23 @@ def decay() -> Widget:
             updates, state = optimizer.update(gradient, state, weights)
             return (optax.apply_updates(weights, updates), state), None
 
-        weights = jnp.ones(len(SIZES))
+        weights = jnp.ones(len(sizes))
         carry = (weights, optimizer.init(weights))
-        return jax.lax.scan(step, carry, noise.T)[0][0]
+        return jax.lax.scan(step, carry, gradients)[0][0]
 
-    values = {
-        key: [
-            left(om.make_optimizer(name, rate, weight_decay=strength))
-            for name in ("adam_l2", "adamw")
-        ]
-        for key, (strength, rate) in combinations(decays, rates).items()
-    }
     return bars(
         "decay",
         "What is left of a weight of 1 after 200 steps",
-        [
-            control("decay", "Weight decay", decays, 2),
-            control("rate", "Learning rate", rates, 1),
+        {
+            "decay": Choice("Weight decay", (0.01, 0.03, 0.1, 0.3), 2),
+            "rate": Choice("Learning rate", (0.003, 0.01, 0.03), 1),
+        },
+        lambda decay, rate: [
+            left(om.make_optimizer(name, rate, weight_decay=decay))
+            for name in ("adam_l2", "adamw")
         ],
-        values,
         series=["Adam + L2", "AdamW"],
-        labels=[str(size) for size in SIZES],
+        labels=[str(size) for size in sizes],
         between=(0.0, 1.2),
         xlabel="size of the gradients, which alternate in sign",
         ylabel="weight",
@@ -77,30 +107,39 @@ def decay() -> Widget:
 
 def steps() -> Widget:
     """How far one step of learning rate 1 goes for gradients of different sizes."""
-    noises = (0.0, 1.0, 3.0)
     noise = jax.random.normal(jax.random.key(3), (500,))
-
-    def length(optimizer, size, ratio):
-        found = over(optimizer, size * (1 + ratio * noise), lambda u, _: jnp.abs(u))
-        return jnp.mean(found[-200:])
-
     optimizers = {
         "SGD": optax.identity(),
+        "momentum": optax.trace(0.9),
         "Adam": optax.scale_by_adam(),
-        "SignSGD": om.scale_by_sign(),
+        "Lion": optax.scale_by_lion(),
     }
-    values = {
-        key: [[length(tx, s, ratio) for s in SIZES] for tx in optimizers.values()]
-        for key, (ratio,) in combinations(noises).items()
-    }
+
+    def lengths(ratio, noisy):
+        def length(optimizer, size):
+            gradients = size * (1 + noisy * noise)
+            found = over(optimizer, gradients, lambda u, _: jnp.abs(u))
+            return jnp.mean(found[-200:])
+
+        sizes = [ratio ** (place / 4) for place in range(-2, 3)]
+        return [[length(tx, size) for size in sizes] for tx in optimizers.values()]
+
     return bars(
         "steps",
         "The mean length of a step for five sizes of gradients",
-        [control("noise", "Noise, in sizes of the gradient", noises, 0)],
-        values,
+        {
+            "ratio": Choice(
+                "Largest size over smallest",
+                (1.0, 1e2, 1e4, 1e6),
+                2,
+                ("1", "100", "10⁴", "10⁶"),
+            ),
+            "noisy": Choice("Noise, in sizes of the gradient", (0.0, 1.0, 3.0), 0),
+        },
+        lengths,
         series=list(optimizers),
-        labels=[str(size) for size in SIZES],
-        between=(1e-3, 1e3),
+        labels=["smallest", "", "1", "", "largest"],
+        between=(1e-4, 1e5),
         xlabel="size of the gradient",
         ylabel="length of a step, learning rate 1",
         ylog=True,

@@ -12,7 +12,7 @@ import optax
 
 import optax_matrix as om
 
-from .common import Widget, combinations, control, rounded
+from .common import Choice, Choices, Widget, controls, results, rounded
 from .paths import walk
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
@@ -21,22 +21,37 @@ RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 def curves(
     name: str,
     title: str,
-    controls: Sequence[Widget],
-    values: dict[str, Any],
+    choices: Choices,
+    make: Callable[..., Any],
     *,
     series: Sequence[str],
     x: Sequence[float],
     between: tuple[float, float],
     ylabel: str,
     xlabel: str = "step",
+    xlog: bool = False,
     ylog: bool = False,
 ) -> Widget:
-    """Returns a widget of curves."""
+    """Returns a widget of curves.
+
+    Args:
+      name: Its name.
+      title: Its title.
+      choices: Its controls.
+      make: Returns the values of all series, by the values of the controls.
+      series: Their names.
+      x: Where the values are.
+      between: The range of the values.
+      ylabel: What they are.
+      xlabel: What x is.
+      xlog: Whether its axis is logarithmic.
+      ylog: Whether that of the values is.
+    """
     return {
         **{"name": name, "title": title, "kind": "curves", "series": list(series)},
-        **{"controls": list(controls), "x": list(x), "range": between},
-        **{"xlabel": xlabel, "ylabel": ylabel, "ylog": ylog},
-        "values": {key: rounded(found) for key, found in values.items()},
+        **{"controls": controls(choices), "x": list(x), "range": between},
+        **{"xlabel": xlabel, "ylabel": ylabel, "xlog": xlog, "ylog": ylog},
+        "values": results(choices, lambda **values: rounded(make(**values))),
     }
 
 
@@ -51,27 +66,24 @@ def over(optimizer: optax.GradientTransformation, gradients: jax.Array, see: Cal
 
 
 def accumulators() -> Widget:
-    decays, every = (0.9, 0.95, 0.99, 0.999, 0.9995), 4
-    ones = jnp.ones(400)
-    total = over(
-        optax.scale_by_rss(initial_accumulator_value=0.0),
-        ones,
-        lambda _, state: state.sum_of_squares,
-    )
-    values = {
-        key: [
-            total[::every],
-            over(optax.scale_by_rms(decay), ones, lambda _, state: state.nu)[::every],
+    steps, every = 400, 4
+    ones = jnp.ones(steps)
+
+    def found(decay):
+        adagrad = optax.scale_by_rss(initial_accumulator_value=0.0)
+        rmsprop = optax.scale_by_rms(decay)
+        return [
+            over(adagrad, ones, lambda _, state: state.sum_of_squares)[::every],
+            over(rmsprop, ones, lambda _, state: state.nu)[::every],
         ]
-        for key, (decay,) in combinations(decays).items()
-    }
+
     return curves(
         "accumulators",
         "The accumulators of AdaGrad and RMSProp for a constant gradient of 1",
-        [control("decay", "Decay β₂", decays, 2)],
-        values,
+        {"decay": Choice("Decay β₂", (0.9, 0.95, 0.99, 0.999, 0.9995, 1.0), 2)},
+        found,
         series=["AdaGrad", "RMSProp"],
-        x=list(range(1, 401, every)),
+        x=range(1, steps + 1, every),
         between=(1e-4, 1e3),
         ylabel="accumulator",
         ylog=True,
@@ -79,31 +91,26 @@ def accumulators() -> Widget:
 
 
 def signal() -> Widget:
-    b1s, b2s, sigmas, every = (
-        (0.0, 0.5, 0.9, 0.99),
-        (0.9, 0.99, 0.999),
-        (0.3, 1.0, 3.0),
-        5,
-    )
-    noise = jax.random.normal(jax.random.key(2), (300,))
-    oscillating = jnp.where(jnp.arange(300) % 2 == 0, 1.0, -1.0)
+    steps, every = 300, 5
+    noise = jax.random.normal(jax.random.key(2), (steps,))
+    oscillating = jnp.where(jnp.arange(steps) % 2 == 0, 1.0, -1.0)
 
-    def ratios(b1, b2, sigma):
+    def updates(b1, b2, sigma):
         adam = optax.scale_by_adam(b1, b2)
-        streams = (jnp.full(300, 0.3), 0.3 + sigma * noise, oscillating)
+        streams = (jnp.full(steps, 0.3), 0.3 + sigma * noise, oscillating)
         return [over(adam, stream, lambda u, _: u)[::every] for stream in streams]
 
     return curves(
         "signal",
         "Adam's update for three streams of gradients",
-        [
-            control("b1", "β₁", b1s, 2),
-            control("b2", "β₂", b2s, 2),
-            control("sigma", "Noise σ", sigmas, 1),
-        ],
-        {k: ratios(*values) for k, values in combinations(b1s, b2s, sigmas).items()},
+        {
+            "b1": Choice("β₁", (0.0, 0.5, 0.9, 0.99), 2),
+            "b2": Choice("β₂", (0.9, 0.99, 0.999), 2),
+            "sigma": Choice("Noise σ", (0.3, 1.0, 3.0), 1),
+        },
+        updates,
         series=["0.3", "0.3 with noise", "±1"],
-        x=list(range(1, 301, every)),
+        x=range(1, steps + 1, every),
         between=(-3.5, 3.5),
         ylabel="update",
     )
@@ -111,41 +118,38 @@ def signal() -> Widget:
 
 def spectrum() -> Widget:
     """Singular values before and after polar methods."""
-    skews = (0.0, 0.5, 1.0, 2.0, 3.0)
+    size = 32
     methods = {
         "Newton-Schulz, 1 step": om.NewtonSchulz(1),
         **{f"Newton-Schulz, {k} steps": om.NewtonSchulz(k) for k in (2, 3, 4, 5)},
-        "Polar Express, 5 steps": om.NewtonSchulz(coefficients="polar_express"),
+        "Polar Express, 8 steps": om.NewtonSchulz(coefficients="polar_express"),
         "Halley, bound 0.01": om.Halley(1e-2),
         "exact": om.Exact(),
     }
-    index = jnp.arange(32)
 
     def found(skew, method):
-        before = 10.0 ** (-skew * index / 31)
+        before = 10.0 ** (-skew * jnp.arange(size) / (size - 1))
         before = before / jnp.linalg.norm(before)
-        after = jnp.linalg.svd(method.polar(jnp.diag(before)), compute_uv=False)
-        return [before, after]
+        after = methods[method].polar(jnp.diag(before))
+        return [before, jnp.linalg.svd(after, compute_uv=False)]
 
-    widget = curves(
+    return curves(
         "spectrum",
         "Singular values of an update before and after orthogonalization",
-        [
-            control("skew", "Skew: decades of singular values", skews, 3),
-            control("method", "Method", list(methods), 4),
-        ],
         {
-            key: found(skew, methods[name])
-            for key, (skew, name) in combinations(skews, list(methods)).items()
+            "skew": Choice(
+                "Skew: decades of singular values", (0.0, 0.5, 1.0, 2.0, 3.0), 3
+            ),
+            "method": Choice("Method", list(methods), 4),
         },
+        found,
         series=["before", "after"],
-        x=list(range(1, 33)),
+        x=range(1, size + 1),
         between=(1e-4, 2.0),
         xlabel="singular value, by size",
         ylabel="singular value",
         ylog=True,
     )
-    return widget
 
 
 def condition() -> Widget:
@@ -178,24 +182,20 @@ def condition() -> Widget:
         plain.append(needed(optax.sgd(2 / (1 + ratio)), ratio))
         beta, rate = ((root - 1) / (root + 1)) ** 2, (2 / (1 + root)) ** 2
         heavy.append(needed(optax.sgd(rate, momentum=beta), ratio))
-    rows = (plain, heavy, [newtons(ratio) for ratio in ratios])
-    values = {
-        str(i): [[int(found[i]) for found in row] for row in rows]
-        for i in range(len(goals))
-    }
-    widget = curves(
+    counts = np.array([plain, heavy, [newtons(ratio) for ratio in ratios]])
+    return curves(
         "condition",
         "Steps to a loss, each method with its best constants",
-        [control("goal", "Loss to reach", goals, 1)],
-        values,
+        {"goal": Choice("Loss to reach", goals, 1)},
+        lambda goal: counts[..., goals.index(goal)],
         series=["gradient descent", "momentum", "Newton"],
         x=ratios,
         between=(0.8, 10_000.0),
         xlabel="largest curvature over the smallest",
         ylabel="steps",
+        xlog=True,
         ylog=True,
     )
-    return {**widget, "xlog": True}
 
 
 def squeeze() -> Widget:
@@ -204,7 +204,6 @@ def squeeze() -> Widget:
     runs = [json.loads(line) for line in lines]
     arms = {"adamw": "AdamW", "muonw": "MuonW", "muonh": "MuonH"}
     arms["spectral_sphere"] = "spectral sphere"
-    measures = {"spectral entropy": "entropy", "participation ratio": "participation"}
 
     def mean(arm, measure):
         found = [run["points"] for run in runs if run["arm"] == arm]
@@ -214,11 +213,15 @@ def squeeze() -> Widget:
     return curves(
         "squeeze",
         "Spectra of the weights of a small GPT, relative to orthogonal matrices",
-        [control("measure", "Measure", list(measures), 1)],
         {
-            key: [mean(arm, measures[name]) for arm in arms]
-            for key, (name,) in combinations(list(measures)).items()
+            "measure": Choice(
+                "Measure",
+                ("entropy", "participation"),
+                1,
+                ("spectral entropy", "participation ratio"),
+            )
         },
+        lambda measure: [mean(arm, measure) for arm in arms],
         series=list(arms.values()),
         x=[point["step"] for point in runs[0]["points"]],
         between=(0.0, 1.0),

@@ -6,13 +6,13 @@ import optax
 
 import optax_matrix as om
 
-from .common import Widget, combinations, control, rounded
+from .common import Choice, Widget, controls, results, rounded
 from .curves import curves
 
 
 def maps() -> Widget:
-    """The update of one matrix by three optimizers."""
-    skews, counts, size = (0.0, 1.0, 2.0), (1, 10, 50), 8
+    """The update of one matrix by four rules."""
+    counts, size = (1, 10, 50), 8
     keys = jax.random.split(jax.random.key(4), 3)
     left, right = (
         jnp.linalg.qr(jax.random.normal(k, (size, size)))[0] for k in keys[:2]
@@ -41,22 +41,20 @@ def maps() -> Widget:
             result.append({"entries": rounded(update["mlp"], 2), "note": note})
         return result
 
+    choices = {
+        "skew": Choice("Skew: decades of singular values", (0.0, 1.0, 2.0), 1),
+        "count": Choice("Steps", counts, 1),
+    }
     return {
         **{"name": "maps", "title": "One update by four rules", "kind": "maps"},
-        "series": list(methods),
-        "controls": [
-            control("skew", "Skew: decades of singular values", skews, 1),
-            control("count", "Steps", counts, 1),
-        ],
-        "values": {
-            key: found(*values) for key, values in combinations(skews, counts).items()
-        },
+        **{"series": list(methods), "controls": controls(choices)},
+        "values": results(choices, found),
     }
 
 
 def memory() -> Widget:
     """How many associations a matrix has learned, the frequent ones first."""
-    skews, steps, size = (0.0, 1.0, 2.0), 100, 32
+    steps, size = 100, 32
     keys = jax.random.split(jax.random.key(5), 2)
     inputs, outputs = (
         x / jnp.linalg.norm(x, axis=1, keepdims=True)
@@ -101,13 +99,10 @@ def memory() -> Widget:
     return curves(
         "memory",
         "Associations that a matrix recalls, each optimizer at its best of 13 rates",
-        [control("skew", "Skew of frequencies", skews, 2)],
-        {
-            key: [best(make, skew) for make in makes.values()]
-            for key, (skew,) in combinations(skews).items()
-        },
+        {"skew": Choice("Skew of frequencies", (0.0, 1.0, 2.0), 2)},
+        lambda skew: [best(make, skew) for make in makes.values()],
         series=list(makes),
-        x=list(range(steps)),
+        x=range(steps),
         between=(0.0, 1.0),
         ylabel="share of 32 associations that are recalled",
     )

@@ -1,6 +1,6 @@
 """Paths of optimizers over the level sets of a quadratic function."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,13 +10,22 @@ import optax
 
 import optax_matrix as om
 
-from .common import Widget, combinations, control, steps_control
+from .common import Choice, Choices, Widget, controls, results, steps_control
+
+Pair = tuple[float, float]
+# A series is a function, and the controls that are its arguments.
+Series = tuple[tuple[str, ...], Callable[..., jax.Array]]
+
+
+def kicks(steps: int, scale: float = 0.0) -> jax.Array:
+    """Returns the noise of a run: the same for all widgets but for its scale."""
+    return scale * jax.random.normal(jax.random.key(0), (200, 2))[:steps]
 
 
 def walk(
     optimizer: optax.GradientTransformation,
-    start: Sequence[float],
-    curvatures: Sequence[float],
+    start: Pair,
+    curvatures: Pair,
     noise: jax.Array,
 ) -> jax.Array:
     """Returns the points of a run on ½ (a x² + b y²) with noisy gradients."""
@@ -44,53 +53,63 @@ def drawn(points: jax.Array, domain: Sequence[float]) -> list[list[int]]:
 def paths(
     name: str,
     title: str,
-    controls: Sequence[Widget],
-    runs: Mapping[str, Sequence[Any]],
+    choices: Choices,
+    series: Mapping[str, Series],
     *,
-    series: Sequence[str],
     domain: Sequence[float],
-    curvatures: Sequence[float],
+    curvatures: Sequence[Pair],
     levels: Sequence[float],
     steps: int,
     shown: int,
+    starts: Sequence[Pair] | None = None,
 ) -> Widget:
-    """Returns a widget of paths over level sets."""
+    """Returns a widget of paths over level sets.
+
+    Args:
+      name: Its name.
+      title: Its title.
+      choices: Its controls. One named `curvature` chooses the level sets, and one named
+        `start` the first point, which can then be dragged.
+      series: What is drawn, by name.
+      domain: Left, right, lower and upper end of the picture.
+      curvatures: Those of the level sets, one pair for each value of `curvature`.
+      levels: The values on the level sets.
+      steps: The length of the paths.
+      shown: How much of them is shown first.
+      starts: The points of `start`.
+    """
+
+    def every(by: Sequence[str], run: Callable[..., jax.Array]) -> dict[str, Any]:
+        return results(choices, lambda **values: drawn(run(**values), domain), by)
+
     return {
         **{"name": name, "title": title, "kind": "paths", "series": list(series)},
-        "controls": [*controls, steps_control(steps - 1, shown)],
-        "domain": list(domain),
-        "curvatures": list(curvatures),
-        "levels": list(levels),
-        "paths": {
-            k: [drawn(run, domain) for run in found] for k, found in runs.items()
-        },
+        "controls": [*controls(choices), steps_control(steps - 1, shown)],
+        **{"domain": domain, "curvatures": curvatures, "levels": levels},
+        **({"starts": starts} if starts else {}),
+        "by": [by for by, _ in series.values()],
+        "paths": [every(by, run) for by, run in series.values()],
     }
-
-
-def kicks(steps: int, scale: float) -> jax.Array:
-    """Returns the noise of a run: the same for all widgets but for its scale."""
-    return scale * jax.random.normal(jax.random.key(0), (200, 2))[:steps]
 
 
 def bowl() -> Widget:
-    rates, noises = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.05), (0.0, 0.3, 1.0, 2.0)
-    curvatures, steps = (1.0, 1.0), 60
-    runs = {
-        key: [walk(optax.sgd(rate), (-2.5, 1.5), curvatures, kicks(steps, noise))]
-        for key, (rate, noise) in combinations(rates, noises).items()
-    }
-    controls = [
-        control("rate", "Learning rate", rates, 2),
-        control("noise", "Noise", noises, 2),
-    ]
+    steps, curvatures = 60, (1.0, 1.0)
+
+    def sgd(rate, noise):
+        return walk(optax.sgd(rate), (-2.5, 1.5), curvatures, kicks(steps, noise))
+
     return paths(
         "bowl",
         "Stochastic gradient descent in a bowl",
-        controls,
-        runs,
-        series=["SGD"],
+        {
+            "rate": Choice(
+                "Learning rate", (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.05), 2
+            ),
+            "noise": Choice("Noise", (0.0, 0.3, 1.0, 2.0), 2),
+        },
+        {"SGD": (("rate", "noise"), sgd)},
         domain=(-4.0, 4.0, -2.5, 2.5),
-        curvatures=curvatures,
+        curvatures=[curvatures],
         levels=(0.125, 0.5, 1.125, 2.0, 3.125, 4.5),
         steps=steps,
         shown=40,
@@ -98,30 +117,26 @@ def bowl() -> Widget:
 
 
 def valley() -> Widget:
-    betas, rates, noises = (0.0, 0.5, 0.8, 0.9, 0.95), (0.3, 0.9, 1.5, 1.9), (0.0, 0.3)
-    curvatures, steps, start = (0.03, 1.0), 80, (-9.0, 1.5)
+    steps, curvatures, start = 80, (0.03, 1.0), (-9.0, 1.5)
 
-    def run(noise, rate, beta=None):
+    def run(rate, noise, beta=None):
         optimizer = optax.sgd(rate, momentum=beta)
         return walk(optimizer, start, curvatures, kicks(steps, noise))
 
-    runs = {
-        key: [run(noise, rate), run(noise, rate, beta)]
-        for key, (beta, rate, noise) in combinations(betas, rates, noises).items()
-    }
-    controls = [
-        control("beta", "Momentum β", betas, 1),
-        control("rate", "Learning rate", rates, 3),
-        control("noise", "Noise", noises, 0),
-    ]
     return paths(
         "valley",
         "SGD and momentum in a valley",
-        controls,
-        runs,
-        series=["SGD", "momentum"],
+        {
+            "beta": Choice("Momentum β", (0.0, 0.5, 0.8, 0.9, 0.95), 1),
+            "rate": Choice("Learning rate", (0.3, 0.9, 1.5, 1.9), 3),
+            "noise": Choice("Noise", (0.0, 0.3), 0),
+        },
+        {
+            "SGD": (("rate", "noise"), run),
+            "momentum": (("beta", "rate", "noise"), run),
+        },
         domain=(-10.0, 5.0, -4.0, 4.0),
-        curvatures=curvatures,
+        curvatures=[curvatures],
         levels=(0.05, 0.2, 0.5, 1.0, 2.0, 4.0),
         steps=steps,
         shown=40,
@@ -129,120 +144,130 @@ def valley() -> Widget:
 
 
 def adam() -> Widget:
-    rates, curvatures, steps, start = (0.02, 0.05, 0.08), (1.0, 50.0), 100, (-2.0, 0.5)
-    quiet = kicks(steps, 0.0)
-    runs = {
-        key: [
-            walk(optimizer, start, curvatures, quiet)
-            for optimizer in (optax.sgd(rate, momentum=0.9), optax.adam(rate))
-        ]
-        for key, (rate,) in combinations(rates).items()
-    }
+    steps, curvatures = 100, (1.0, 50.0)
+
+    def run(make):
+        def found(rate):
+            return walk(make(rate), (-2.0, 0.5), curvatures, kicks(steps))
+
+        return ("rate",), found
+
     return paths(
         "adam",
         "Momentum and Adam in a steep valley",
-        [control("rate", "Learning rate", rates, 1)],
-        runs,
-        series=["momentum", "Adam"],
+        {"rate": Choice("Learning rate", (0.02, 0.05, 0.08), 1)},
+        {
+            "momentum": run(lambda rate: optax.sgd(rate, momentum=0.9)),
+            "Adam": run(optax.adam),
+        },
         domain=(-2.4, 1.0, -0.9, 0.9),
-        curvatures=curvatures,
+        curvatures=[curvatures],
         levels=(0.02, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0),
         steps=steps,
         shown=60,
     )
 
 
-def signs() -> Widget:
-    noises, rates = (0.0, 0.3, 0.6, 1.0, 1.5), (0.02, 0.05, 0.1)
-    curvatures, steps, start = (1.0, 10.0), 100, (-2.0, 0.7)
-    runs = {
-        key: [
-            walk(optimizer, start, curvatures, kicks(steps, noise))
-            for optimizer in (optax.sign_sgd(rate), optax.adamw(rate, weight_decay=0.0))
-        ]
-        for key, (noise, rate) in combinations(noises, rates).items()
-    }
-    controls = [
-        control("noise", "Noise", noises, 1),
-        control("rate", "Learning rate", rates, 1),
-    ]
+def _noisy(
+    name: str,
+    title: str,
+    choices: Choices,
+    series: Mapping[str, tuple[tuple[str, ...], Callable[..., Any]]],
+    shown: int,
+) -> Widget:
+    """Returns a widget of optimizers, made from controls, in a valley with noise."""
+    steps, curvatures = 100, (1.0, 10.0)
+
+    def run(by, make):
+        def found(noise, **values):
+            optimizer = make(**values)
+            return walk(optimizer, (-2.0, 0.7), curvatures, kicks(steps, noise))
+
+        return ("noise", *by), found
+
     return paths(
-        "signs",
-        "SignSGD and AdamW",
-        controls,
-        runs,
-        series=["SignSGD", "AdamW"],
+        name,
+        title,
+        choices,
+        {each: run(by, make) for each, (by, make) in series.items()},
         domain=(-2.4, 1.2, -1.1, 1.1),
-        curvatures=curvatures,
+        curvatures=[curvatures],
         levels=(0.02, 0.1, 0.5, 1.0, 2.0, 4.0),
         steps=steps,
+        shown=shown,
+    )
+
+
+def signs() -> Widget:
+    return _noisy(
+        "signs",
+        "SignSGD and AdamW",
+        {
+            "noise": Choice("Noise", (0.0, 0.3, 0.6, 1.0, 1.5), 1),
+            "rate": Choice("Learning rate", (0.02, 0.05, 0.1), 1),
+        },
+        {
+            "SignSGD": (("rate",), lambda rate: optax.sign_sgd(rate)),
+            "AdamW": (("rate",), lambda rate: optax.adamw(rate, weight_decay=0.0)),
+        },
         shown=60,
     )
 
 
 def lion() -> Widget:
-    noises, betas = (0.0, 0.3, 1.0), (0.0, 0.5, 0.9, 0.98)
-    curvatures, steps, start = (1.0, 10.0), 100, (-2.0, 0.7)
-    runs = {
-        key: [
-            walk(optimizer, start, curvatures, kicks(steps, noise))
-            for optimizer in (
-                optax.lion(0.02, b1=beta, b2=0.99, weight_decay=0.0),
-                optax.adamw(0.05, weight_decay=0.0),
-            )
-        ]
-        for key, (noise, beta) in combinations(noises, betas).items()
-    }
-    controls = [
-        control("noise", "Noise", noises, 1),
-        control("beta", "Lion's β₁", betas, 2),
-    ]
-    return paths(
+    def lion(beta):
+        return optax.lion(0.02, b1=beta, b2=0.99, weight_decay=0.0)
+
+    return _noisy(
         "lion",
         "Lion and AdamW",
-        controls,
-        runs,
-        series=["Lion", "AdamW"],
-        domain=(-2.4, 1.2, -1.1, 1.1),
-        curvatures=curvatures,
-        levels=(0.02, 0.1, 0.5, 1.0, 2.0, 4.0),
-        steps=steps,
+        {
+            "noise": Choice("Noise", (0.0, 0.3, 1.0), 1),
+            "beta": Choice("Lion's β₁", (0.0, 0.5, 0.9, 0.98), 2),
+        },
+        {
+            "Lion": (("beta",), lion),
+            "AdamW": ((), lambda: optax.adamw(0.05, weight_decay=0.0)),
+        },
         shown=80,
     )
 
 
 def newton() -> Widget:
-    """Gradient descent and damped Newton steps in a valley."""
-    rates, dampings = (0.01, 0.03, 0.07), (0.0, 1.0, 10.0, 100.0)
-    curvatures, steps, start = (1.0, 25.0), 40, (-2.0, 0.6)
+    """Gradient descent and damped Newton steps in valleys."""
+    steps, starts = 30, [(x, y) for y in (-0.6, 0.2, 0.6) for x in (-2.0, -1.0, 0.6)]
 
-    def loss(point):
-        return jnp.sum(jnp.array(curvatures) * point**2) / 2
+    def descent(rate, curvature, start):
+        return walk(optax.sgd(rate), start, (1.0, curvature), kicks(steps))
 
-    def newtons(damping):
+    def newtons(damping, curvature, start):
+        def loss(point):
+            return jnp.sum(jnp.array((1.0, curvature)) * point**2) / 2
+
         def step(point, _):
             step: Any = om.newton_step(loss, point, damping=damping)
             return optax.apply_updates(point, step), point
 
         return jax.lax.scan(step, jnp.array(start), None, steps)[1]
 
-    quiet = kicks(steps, 0.0)
-    runs = {
-        key: [walk(optax.sgd(rate), start, curvatures, quiet), newtons(damping)]
-        for key, (rate, damping) in combinations(rates, dampings).items()
-    }
+    curvatures = (1.0, 5.0, 25.0)
     return paths(
         "newton",
         "Gradient descent and Newton's steps",
-        [
-            control("rate", "Learning rate of gradient descent", rates, 2),
-            control("damping", "Damping of Newton", dampings, 1),
-        ],
-        runs,
-        series=["gradient descent", "Newton"],
+        {
+            "rate": Choice("Learning rate of gradient descent", (0.01, 0.03, 0.07), 2),
+            "damping": Choice("Damping of Newton", (0.0, 1.0, 10.0, 100.0), 1),
+            "curvature": Choice("Curvature across", curvatures, 2),
+            "start": Choice("Start", starts, 6, [f"({x}, {y})" for x, y in starts]),
+        },
+        {
+            "gradient descent": (("rate", "curvature", "start"), descent),
+            "Newton": (("damping", "curvature", "start"), newtons),
+        },
         domain=(-2.4, 1.0, -0.9, 0.9),
-        curvatures=curvatures,
+        curvatures=[(1.0, curvature) for curvature in curvatures],
         levels=(0.02, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0),
         steps=steps,
         shown=15,
+        starts=starts,
     )

@@ -7,65 +7,67 @@ import optax
 
 import optax_matrix as om
 
-from .common import Widget, control
+from .common import Choice, Widget
 from .curves import curves
+
+RUNGS = (
+    *("sgd", "momentum", "adagrad", "rmsprop", "adam", "adamw", "sign_sgd", "lion"),
+    *("muon", "shampoo", "soap", "muonh"),
+)
+STEPS, EVERY, SIZE = 120, 3, 24
+
+
+def run(name: str, rate: float, seed: int) -> jax.Array:
+    """Returns the losses of a rung on a linear network of two layers."""
+    keys = jax.random.split(jax.random.key(10 + seed), 4)
+    # A target with skewed singular values, seen through skewed data.
+    scales = 10.0 ** (-1.5 * jnp.arange(SIZE) / (SIZE - 1))
+    target = jnp.linalg.qr(jax.random.normal(keys[0], (SIZE, SIZE)))[0] * scales
+    data = jax.random.normal(keys[1], (256, SIZE)) * scales**0.5
+    params = {
+        layer: {"kernel": jax.random.normal(key, (SIZE, SIZE)) / SIZE**0.5}
+        for layer, key in zip(("first", "second"), keys[2:], strict=True)
+    }
+    optimizer = om.make_optimizer(name, lambda count: rate * (1 - count / STEPS))
+
+    def loss(params):
+        outputs = data @ params["first"]["kernel"] @ params["second"]["kernel"]
+        return jnp.mean((outputs - data @ target) ** 2)
+
+    def step(carry, _):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    return jax.lax.scan(step, (params, optimizer.init(params)), None, STEPS)[1]
 
 
 def race() -> Widget:
-    """All rungs of the ladder on one problem, each at its best of twelve rates."""
-    rungs = ("sgd", "momentum", "adagrad", "rmsprop", "adam", "sign_sgd", "lion")
-    rungs += ("muon", "shampoo", "soap", "muonh")
-    seeds, steps, size = (0, 1, 2), 120, 24
-
-    def run(name, rate, seed):
-        keys = jax.random.split(jax.random.key(10 + seed), 4)
-        # Two layers and a target with skewed singular values, seen through skewed data.
-        scales = 10.0 ** (-1.5 * jnp.arange(size) / (size - 1))
-        turn = jnp.linalg.qr(jax.random.normal(keys[0], (size, size)))[0]
-        target = turn * scales
-        data = jax.random.normal(keys[1], (256, size)) * scales**0.5
-        params = {
-            "first": {"kernel": jax.random.normal(keys[2], (size, size)) / size**0.5},
-            "second": {"kernel": jax.random.normal(keys[3], (size, size)) / size**0.5},
-        }
-        optimizer = om.make_optimizer(name, lambda count: rate * (1 - count / steps))
-
-        def loss(params):
-            gaps = data @ params["first"]["kernel"] @ params["second"]["kernel"]
-            return jnp.mean((gaps - data @ target) ** 2)
-
-        def step(carry, _):
-            params, state = carry
-            value, grads = jax.value_and_grad(loss)(params)
-            updates, state = optimizer.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), value
-
-        return jax.lax.scan(step, (params, optimizer.init(params)), None, steps)[1]
-
-    values = {}
-    for place, name in enumerate(rungs):
+    """Each rung at its best of twelve rates for seed 0."""
+    seeds = (0, 1, 2)
+    best = {}
+    for name in RUNGS:
         every = [
-            jnp.stack([run(name, 10.0**power, seed) for seed in seeds])
+            jnp.nan_to_num(
+                jnp.stack([run(name, 10.0**power, seed) for seed in seeds]),
+                nan=1e3,
+                posinf=1e3,
+            )
             for power in np.arange(-4.0, 2.0, 0.5)
         ]
-        # The best rate on seed 0 is that of the others too.
-        best = min(every, key=lambda r: float(jnp.nan_to_num(r[0, -1], nan=jnp.inf)))
-        for seed in seeds:
-            losses = jnp.nan_to_num(best[seed], nan=1e3, posinf=1e3)[::3]
-            values[f"{place},{seed}"] = losses
+        best[name] = min(every, key=lambda losses: float(losses[0, -1]))
     widget = curves(
         "race",
-        "Two rungs of the ladder on a linear network of two layers",
-        [
-            control("first", "First", rungs, 4),
-            control("second", "Second", rungs, 7),
-            control("seed", "Seed", seeds, 0),
-        ],
-        values,
-        series=rungs,
-        x=list(range(0, steps, 3)),
+        "The ladder on a linear network of two layers",
+        {"seed": Choice("Seed", seeds, 0)},
+        lambda seed: [best[name][seed, ::EVERY] for name in RUNGS],
+        series=RUNGS,
+        x=range(0, STEPS, EVERY),
         between=(1e-7, 1e1),
         ylabel="loss",
         ylog=True,
     )
-    return {**widget, "chosen": ["first", "second"]}
+    shown = [RUNGS.index(name) for name in ("sgd", "adam", "muon", "muonh")]
+    rungs = {"name": "series", "label": "Optimizers", "many": True, "value": shown}
+    return {**widget, "controls": [{**rungs, "texts": RUNGS}, *widget["controls"]]}
