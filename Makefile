@@ -45,9 +45,10 @@ docs: $(VENV)/.docs$(ACCELERATOR)
 tour: docs
 	$(BIN)/python -m webbrowser -t file://$(CURDIR)/build/docs/tour/index.html
 
-# Computes the numbers of the tour's pictures again.
+# Computes the numbers of the tour's pictures again, and draws the README's.
 widgets: $(VENV)/.docs$(ACCELERATOR)
 	cd docs/tour && $(abspath $(BIN)/python) -m widgets $(ARGS)
+	$(BIN)/python docs/_ext/tour.py
 
 # Needs chromium, chromedriver and npm (Debian: chromium-driver npm).
 browser: $(VENV)/.browser$(ACCELERATOR) docs

@@ -209,6 +209,14 @@ def test_level_sets_are_those_of_the_hessian(canvas):
     }
 
 
+def test_the_picture_of_the_readme_is_what_is_drawn(canvas):
+    del canvas  # skips without V8
+    text = (DOCS / "_static" / "memory.svg").read_text()
+    xml.etree.ElementTree.fromstring(text)
+    assert text == module(DOCS / "_ext" / "tour.py").picture("memory")
+    assert "docs/_static/memory.svg" in (DOCS.parent / "README.md").read_text()
+
+
 def test_scripts_and_data_are_small():
     scripts = [(DOCS / "_static" / "tour" / name) for name in ("draw.js", "run.js")]
     assert sum(len(gzip.compress(path.read_bytes())) for path in scripts) <= 15_000

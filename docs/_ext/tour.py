@@ -49,6 +49,17 @@ class Canvas:
         return json.loads(str(self.engine.eval(code)))
 
 
+def picture(name: str) -> str:
+    """Returns a widget as an SVG of its own, on white."""
+    style = (DOCS / "_static" / "tour" / "tour.css").read_text()
+    style += "svg.tour-widget { margin: 0; background: white; font-family: sans-serif; "
+    style += "--pst-color-text-base: #222832; --pst-color-border: #c9c9c9; }"
+    drawn = Canvas().draw(load(name))["svg"].removeprefix("<svg ")
+    begin, rest = drawn.split(">", 1)
+    namespace = '<svg xmlns="http://www.w3.org/2000/svg" class="tour-widget" '
+    return f"{namespace}{begin}><style>{style}</style>{rest}\n"
+
+
 def load(name: str) -> dict[str, Any]:
     """Returns the data of a widget."""
     return json.loads((DOCS / "tour" / "data" / f"{name}.json").read_text())
@@ -128,3 +139,8 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("widget", Widget)
     app.connect("html-page-context", add_scripts)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+if __name__ == "__main__":
+    # The picture of the README.
+    (DOCS / "_static" / "memory.svg").write_text(picture("memory"))
