@@ -1,5 +1,6 @@
 """The site in headless Chromium: `make browser` builds it and runs this."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -208,6 +209,16 @@ def test_a_phone_does_not_scroll_sideways(browser, page):
         assert scroll <= width == 390
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_pages_are_small_and_every_widget_is_redrawn(browser):
+    del browser  # skips without Chromium
+    found = importlib.import_module("benchmarks.tour").measure()
+    assert found["scripts"] <= 15_000
+    assert [f"tour/{page}" for page in found["pages"]] == CHAPTERS
+    assert max(found["pages"].values()) <= 60_000
+    data = ROOT / "docs" / "tour" / "data"
+    assert set(found["ms"]) == {path.stem for path in data.glob("*.json")}
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
