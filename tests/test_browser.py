@@ -244,6 +244,16 @@ def test_no_serious_findings_of_axe(browser, page, dark):
     assert serious == []
 
 
+def test_search_works_offline(browser):
+    browser.get_log("browser")
+    browser.get(f"{(SITE / 'search.html').as_uri()}?q=hyperball_retract")
+    found = "#search-results li a"
+    wait(browser, lambda: browser.find_elements("css selector", found))
+    links = browser.find_elements("css selector", found)
+    assert any("api/sizes.html" in link.get_attribute("href") for link in links)
+    assert said(browser) == []
+
+
 @pytest.mark.parametrize("page", CHAPTERS)
 def test_without_scripts_there_is_a_figure(page):
     text = (SITE / f"{page}.html").read_text()
