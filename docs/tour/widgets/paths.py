@@ -181,7 +181,7 @@ def _noisy(
     def run(by, make):
         def found(noise, **values):
             optimizer = make(**values)
-            return walk(optimizer, (-2.0, 0.7), curvatures, kicks(steps, noise))
+            return walk(optimizer, (-2.02, 0.72), curvatures, kicks(steps, noise))
 
         return ("noise", *by), found
 
