@@ -125,6 +125,87 @@ def test_the_tables_of_the_docs_are_those_of_the_raw_results():
     assert losses in page and claims_report.table(answers) in page
 
 
+def test_the_numbers_of_the_tour_are_those_of_the_raw_results():
+    results = ROOT / "benchmarks" / "results"
+    runs = read(results / "convergence_tiny-250.jsonl")
+    rows = {row.arm: row for row in report.rows_of(runs)}
+    longer = report.rows_of(read(results / "convergence_tiny-1000.jsonl"))
+    long = {row.arm: row for row in longer}
+    methods = report.rows_of(read(results / "convergence_methods-250.jsonl"))
+    polar = {row.arm: row for row in methods}
+    seconds = json.loads((results / "convergence_seconds.json").read_text())["arms"]
+
+    def momentum(arm, of=rows):
+        return f"{of[arm].values['momentum']:.3g}"
+
+    def gap(first, second="muon", of=rows):
+        return f"{of[first].mean - of[second].mean:.2f}"
+
+    def steps(arm):
+        return f"{np.mean(rows[arm].steps):.0f}"
+
+    def ms(arm):
+        return f"{seconds[arm]['seconds'] * 1e3:.0f} ms"
+
+    tuned = rows["adamw"].values
+    b2 = {
+        run["values"]["b2"]: run["loss"]
+        for run in runs
+        if (run["arm"], run["phase"]) == ("adamw", "search")
+        and {**run["values"], "b2": 0} == {**tuned, "b2": 0}
+    }
+    against = rows["muonw"].against
+    assert against
+    dynamics = read(results / "convergence_dynamics.jsonl")
+    top = [
+        np.mean([point["gradient"]["top_5"] for point in run["points"]])
+        for run in dynamics
+        if run["arm"] == "adamw"
+    ]
+    near = [
+        np.mean([point["momentum"] for point in run["points"]], axis=0)
+        for run in read(results / "convergence_flattening.jsonl")
+    ]
+    shares = [f"{100 * share:.0f} %" for share in np.mean(near, axis=0)]
+    numbers = {
+        "02_momentum": [
+            f"[{momentum('muon')} in runs of 250 steps]",
+            f"[{momentum('muon', long)} in runs of 1,000]",
+            f"`om.halley_muon` wanted {momentum('entry+halley+neuron')} in both",
+        ],
+        "03_adam": [
+            f"a loss of {b2[0.95]:.3f} on one seed",
+            f"0.9 ended {b2[0.9] - b2[0.95]:.3f} higher",
+            f"and 0.975 {b2[0.975] - b2[0.95]:.3f}",
+        ],
+        "05_adamw": [
+            f"MuonW was {-against.mean:.3f} ± {against.half_width:.3f} below it",
+        ],
+        "07_lion": [f"Lion ended {gap('lion', 'adamw')} above AdamW"],
+        "08_scales": [f"hold {100 * np.mean(top):.0f} %"],
+        "09_curvature": [
+            *(f"takes {ms('soap_refresh_1')}", f"and {ms('adamw')} with AdamW"),
+            f"needs {steps('soap_refresh_1')} steps where AdamW needs {steps('adamw')}",
+        ],
+        "10_muon": [
+            f"[{gap('adamw')} below tuned AdamW]",
+            f"of {gap('entry+none+neuron', 'entry+halley+neuron', polar)}.",
+            f"{shares[3]} are near 1 after three steps, {shares[4]} after four",
+            f"and {shares[5]} after five",
+        ],
+        "11_shampoo": [
+            f"[{gap('shampoo')} above Muon]",
+            f"every update {gap('soap_refresh_1')}.",
+        ],
+    }
+    assert momentum("entry+halley+neuron") == momentum("entry+halley+neuron", long)
+    for page, texts in numbers.items():
+        content = (ROOT / "docs" / "tour" / f"{page}.md").read_text()
+        content = " ".join(content.split())
+        for text in texts:
+            assert text in content, (page, text)
+
+
 def test_the_scorecard_of_the_page_is_that_of_its_run():
     results = ROOT / "benchmarks" / "results"
     page = (ROOT / "examples" / "rl" / "README.md").read_text()
