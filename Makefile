@@ -51,9 +51,12 @@ widgets: $(VENV)/.docs$(ACCELERATOR)
 	$(BIN)/python docs/_ext/tour.py
 
 # Needs chromium, chromedriver and npm (Debian: chromium-driver npm).
-browser: $(VENV)/.browser$(ACCELERATOR) docs
-	cd build && npm pack --silent axe-core@4.14.1 | xargs tar xzf
+browser: $(VENV)/.browser$(ACCELERATOR) docs build/package/axe.min.js
 	$(BIN)/python -m pytest -m browser tests/test_browser.py
+
+build/package/axe.min.js:
+	mkdir -p build
+	cd build && npm pack --silent axe-core@4.14.1 | xargs tar xzmf
 
 test: $(VENV)/.tests$(ACCELERATOR)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

@@ -29,8 +29,8 @@ const count = (c) => (c.max ?? c.texts.length - 1) + 1;
 const times = [];
 for (let i = 0; i < 200; i++) {
   const state = Tour.initial(data);
-  for (const c of data.controls.filter((c) => !c.many)) {
-    state[c.name] = (state[c.name] + i) % count(c);
+  for (const c of data.controls) {
+    state[c.name] = c.many ? c.texts.map((_, k) => k) : (c.value + i) % count(c);
   }
   const begin = performance.now();
   picture.innerHTML = Tour.draw(state, data, 720).svg;
@@ -41,6 +41,22 @@ return times;
 """
 
 
+def chromium(*arguments: str) -> webdriver.Chrome:
+    """Returns a headless Chromium; raises if it is not installed."""
+    driver = shutil.which("chromedriver")
+    if driver is None:
+        raise RuntimeError(
+            "chromedriver is not on the PATH: install it (Debian: chromium-driver)"
+        )
+    options = webdriver.ChromeOptions()
+    window = ("--headless=new", "--no-sandbox", "--window-size=1200,900")
+    for argument in (*window, *arguments):
+        options.add_argument(argument)
+    logs = {"browser": "ALL", "performance": "ALL"}
+    options.set_capability("goog:loggingPrefs", logs)
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+
+
 def size(*paths: Path) -> int:
     """Returns the bytes of files after gzip."""
     return sum(len(gzip.compress(path.read_bytes())) for path in paths)
@@ -48,12 +64,8 @@ def size(*paths: Path) -> int:
 
 def measure() -> dict[str, Any]:
     """Returns the browser, the sizes, and milliseconds of redraws by widget."""
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--window-size=1200,900"):
-        options.add_argument(argument)
-    service = webdriver.ChromeService(shutil.which("chromedriver"))
     pages, redraws = {}, {}
-    with webdriver.Chrome(options=options, service=service) as browser:
+    with chromium() as browser:
         for page in sorted(SITE.glob("[0-9]*.html")):
             pages[page.stem] = size(page)
             browser.get(page.as_uri())
@@ -65,7 +77,7 @@ def measure() -> dict[str, Any]:
                     "95 %": round(statistics.quantiles(times, n=20)[-1], 2),
                 }
         version = browser.capabilities["browserVersion"]
-    scripts = size(SCRIPTS / "draw.js", SCRIPTS / "run.js")
+    scripts = size(*SCRIPTS.glob("*.js"))
     return {"chromium": version, "scripts": scripts, "pages": pages, "ms": redraws}
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import time
 
 import pytest
@@ -13,8 +12,23 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 SITE = ROOT / "build" / "docs"
 AXE = ROOT / "build" / "package" / "axe.min.js"  # from `npm pack axe-core`
-TOUR = sorted(path.stem for path in (ROOT / "docs" / "tour").glob("*.md"))
+DOCS = ROOT / "docs"
+TOUR = sorted(path.stem for path in (DOCS / "tour").glob("*.md"))
 CHAPTERS = [f"tour/{name}" for name in TOUR if name != "index"]
+WIDGETS = {
+    name: re.findall(
+        r"^```\{widget\} (\w+)$", (DOCS / "tour" / f"{name}.md").read_text(), re.M
+    )
+    for name in TOUR
+}
+PLAYING = [
+    f"tour/{name}"
+    for name, widgets in WIDGETS.items()
+    if any(
+        '"step":true' in (DOCS / "tour" / "data" / f"{widget}.json").read_text()
+        for widget in widgets
+    )
+]
 OTHERS = ["index", "quickstart", "derivations", "convergence", "api/optimizers"]
 PAGES = [*(f"tour/{name}" for name in TOUR), *OTHERS]
 
@@ -23,21 +37,12 @@ pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore")]
 
 @pytest.fixture(scope="module")
 def browser():
-    webdriver = pytest.importorskip("selenium.webdriver")
-    driver = shutil.which("chromedriver")
-    if not driver:
-        pytest.skip("chromedriver is not installed (Debian: chromium-driver)")
-    options = webdriver.ChromeOptions()
-    for argument in (
-        *("--headless=new", "--no-sandbox", "--window-size=1200,900"),
-        # Whatever is asked of another host fails, and is in the log.
-        *("--host-resolver-rules=MAP * ~NOTFOUND", "--disable-background-networking"),
-    ):
-        options.add_argument(argument)
-    logs = {"browser": "ALL", "performance": "ALL"}
-    options.set_capability("goog:loggingPrefs", logs)
-    service = webdriver.ChromeService(driver)
-    with webdriver.Chrome(options=options, service=service) as found:
+    arguments = [
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--disable-background-networking",
+    ]
+    # Whatever is asked of another host fails, and is in the log.
+    with importlib.import_module("benchmarks.tour").chromium(*arguments) as found:
         found.set_script_timeout(60)
         yield found
 
@@ -87,7 +92,7 @@ def parts(figure):
 
 
 def figures_of(browser, page):
-    """The widgets of a page, and a check that none of them logs an error."""
+    """The widgets of a page; the log is empty when they begin."""
     browser.get_log("browser")
     visit(browser, page)
     figures = browser.find_elements("css selector", "figure.tour-widget")
@@ -128,9 +133,11 @@ def test_controls_change_by_keyboard_and_are_reset(browser, page):
     assert said(browser) == []
 
 
-@pytest.mark.parametrize("page", CHAPTERS)
+@pytest.mark.parametrize("page", PLAYING)
 def test_play_goes_to_the_end_and_begins_again(browser, page):
-    for figure in figures_of(browser, page):
+    figures = figures_of(browser, page)
+    assert browser.find_elements("css selector", "[name=play]")
+    for figure in figures:
         for play in figure.find_elements("css selector", "[name=play]"):
             step = figure.find_element("css selector", "[name=step]")
             most = step.get_attribute("max")
@@ -139,10 +146,31 @@ def test_play_goes_to_the_end_and_begins_again(browser, page):
             wait(browser, lambda p=play: p.text == "Play", 60)
             assert step.get_attribute("value") == most
             play.click()
-            wait(browser, lambda s=step: s.get_attribute("value") in ("1", "2", "3"))
+            wait(browser, lambda s=step: s.get_attribute("value") in ("0", "1", "2"))
             play.click()
             assert play.text == "Play"
     assert said(browser) == []
+
+
+def test_other_controls_stop_play_and_count(browser):
+    from selenium.webdriver.common.keys import Keys
+
+    (figure,) = figures_of(browser, "tour/02_momentum")
+    play = figure.find_element("css selector", "[name=play]")
+    step, rate = (
+        figure.find_element("css selector", f"[name={name}]")
+        for name in ("step", "rate")
+    )
+    play.click()
+    wait(browser, lambda: step.get_attribute("value") != "40")
+    before = int(rate.get_attribute("value"))
+    rate.send_keys(Keys.ARROW_LEFT)
+    assert int(rate.get_attribute("value")) == before - 1
+    assert play.text == "Play"
+    play.click()
+    figure.find_element("css selector", "[name=reset]").click()
+    assert play.text == "Play" and step.get_attribute("value") == "40"
+    assert int(rate.get_attribute("value")) == before
 
 
 @pytest.mark.parametrize(
@@ -177,6 +205,44 @@ def test_handles_are_dragged(browser, page, widget, way, changed, width):
         assert status.text != text
         assert said(browser) == []
     finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_finger_drags_a_handle_and_does_not_scroll(browser):
+    def touch(kind, *points):
+        places = [{"x": x, "y": y} for x, y in points]
+        event = {"type": kind, "touchPoints": places}
+        browser.execute_cdp_cmd("Input.dispatchTouchEvent", event)
+
+    set_width(browser, 390)
+    browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    try:
+        figures_of(browser, "tour/09_curvature")
+        figure = browser.find_element("id", "widget-newton")
+        start = figure.find_element("css selector", "[name=start]")
+        handle = figure.find_element("css selector", ".handle")
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", handle)
+        place = "const r = arguments[0].getBoundingClientRect(); "
+        place += "return [r.x + r.width / 2, r.y + r.height / 2]"
+        x, y = browser.execute_script(place, handle)
+        before = start.get_attribute("value"), browser.execute_script("return scrollY")
+        touch("touchStart", (x, y))
+        for k in range(1, 11):
+            touch("touchMove", (x + k, y + 12 * k))
+        touch("touchEnd")
+        assert browser.execute_script("return scrollY") == before[1]
+        assert start.get_attribute("value") == "0" != before[0]
+        # Anywhere else in the picture a finger scrolls the page.
+        touch("touchStart", (x + 150, y))
+        for k in range(1, 11):
+            touch("touchMove", (x + 150, y - 12 * k))
+        touch("touchEnd")
+        wait(browser, lambda: browser.execute_script("return scrollY") > before[1])
+        assert start.get_attribute("value") == "0"
+    finally:
+        browser.execute_cdp_cmd(
+            "Emulation.setTouchEmulationEnabled", {"enabled": False}
+        )
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
@@ -217,25 +283,26 @@ def test_pages_are_small_and_every_widget_is_redrawn(browser):
     assert found["scripts"] <= 15_000
     assert [f"tour/{page}" for page in found["pages"]] == CHAPTERS
     assert max(found["pages"].values()) <= 60_000
-    data = ROOT / "docs" / "tour" / "data"
-    assert set(found["ms"]) == {path.stem for path in data.glob("*.json")}
+    data = (DOCS / "tour" / "data").glob("*.json")
+    assert set(found["ms"]) == {path.stem for path in data}
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("page", PAGES)
 def test_no_serious_findings_of_axe(browser, page, dark):
-    if not AXE.exists():
-        pytest.skip(f"{AXE} is missing: run `make browser`")
     mode = "dark" if dark else "light"
     features = [{"name": "prefers-color-scheme", "value": mode}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    visit(browser, page)
-    theme = browser.execute_script("return document.documentElement.dataset.theme")
-    assert theme == mode
-    browser.execute_script(AXE.read_text())
-    found = browser.execute_async_script(
-        "axe.run().then((r) => arguments[0](r.violations))"
-    )
+    try:
+        visit(browser, page)
+        theme = browser.execute_script("return document.documentElement.dataset.theme")
+        assert theme == mode
+        browser.execute_script(AXE.read_text())
+        found = browser.execute_async_script(
+            "axe.run().then((r) => arguments[0](r.violations))"
+        )
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     serious = [
         (each["id"], [node["html"][:200] for node in each["nodes"]][:3])
         for each in found
@@ -255,11 +322,20 @@ def test_search_works_offline(browser):
 
 
 @pytest.mark.parametrize("page", CHAPTERS)
-def test_without_scripts_there_is_a_figure(page):
-    text = (SITE / f"{page}.html").read_text()
-    figures = text.split('<figure class="tour-widget"')[1:]
-    assert figures
-    for figure in figures:
-        assert re.search(r'<div class="tour-picture"><svg [^>]*role="img"', figure)
-        assert "<form hidden>" in figure
+def test_without_scripts_there_is_a_figure(browser, page):
+    off = {"value": True}
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", off)
+    try:
+        visit(browser, page)
+        figures = browser.find_elements("css selector", "figure.tour-widget")
+        assert figures
+        for figure in figures:
+            assert not figure.find_element("css selector", "form").is_displayed()
+            for shape in figure.find_elements("css selector", ".frame, .level, .ring"):
+                assert shape.value_of_css_property("stroke") != "none"
+            for text in figure.find_elements("css selector", "text")[:3]:
+                assert text.is_displayed()
+    finally:
+        off = {"value": False}
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", off)
     assert os.path.getsize(SITE / f"{page}.html") < 200_000

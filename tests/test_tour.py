@@ -97,16 +97,16 @@ def test_paths_are_drawn_where_they_are(canvas):
         "controls": [
             {"name": "step", "label": "Step", "max": 3, "value": 2, "step": 1}
         ],
-        **{"domain": [-2, 2, -1, 1], "curvatures": [[1.0, 4.0]], "levels": [0.5]},
+        **{"xs": [-2, 2], "ys": [-1, 1], "curvatures": [[1.0, 4.0]], "levels": [0.5]},
         "by": [[], []],
         "paths": [
-            {"": [[-100, 0, 100], [50, 0, -50]]},
-            {"": [[100, 300], [0, 0]]},
+            {"": [[-100, 0, 100], [50, 0, -50], [1.0, 0.0, 1.0]]},
+            {"": [[100, 300], [0, 0], [0.5, None]]},
         ],
     }
     found = canvas.draw(data)
     assert found["status"] == "Step 2. a: loss 1, b left the picture."
-    left, top, width, height = 40, 30, 720 - 50, 330
+    left, top, width, height = 50, 30, 720 - 68, 720 * 0.46
     points = [
         (left + width * (x + 2) / 4, top + height * (1 - (y + 1) / 2))
         for x, y in ((-1, 0.5), (0, 0), (1, -0.5))
@@ -134,49 +134,59 @@ def test_handles_go_to_the_nearest_place(canvas):
         return json.loads(str(canvas.engine.eval(f"JSON.stringify({given})")))
 
     def handle(name, state):
-        svg = canvas.draw(load(name), {**initial(name), **state})["svg"]
-        found = re.search(r'class="handle" cx="(\S+)" cy="(\S+)"', svg)
-        assert found
-        return map(float, found.groups())
-
-    def initial(name):
-        return {control["name"]: control["value"] for control in load(name)["controls"]}
+        svg = canvas.draw(load(name), state)["svg"]
+        shape = re.search(r'class="handle" cx="(\S+)" cy="(\S+)"', svg)
+        box = re.search(
+            r'class="frame" x="(\S+)" y="(\S+)" width="(\S+)" height="(\S+)"', svg
+        )
+        assert shape and box
+        x, y = map(float, shape.groups())
+        left, top, width, height = map(float, box.groups())
+        assert left < x < left + width and top < y < top + height
+        return x, y
 
     for start in range(9):
-        assert drag(
-            "newton", initial("newton"), *handle("newton", {"start": start})
-        ) == {"start": start}
-    for eta, gamma in itertools.product(range(4), range(11)):
+        state = {"curvature": 1, "start": start}
+        assert drag("newton", state, *handle("newton", state)) == {"start": start}
+    for eta, gamma in itertools.product(range(4), range(9)):
         state = {"eta": eta, "gamma": gamma}
-        assert drag("circle", initial("circle"), *handle("circle", state)) == state
+        assert drag("circle", state, *handle("circle", state)) == state
+
+
+def losses(status):
+    return [float(x) for x in re.findall(r"loss ([\de.+-]*\d)", status)]
 
 
 def test_the_losses_of_paths_are_those_of_their_valley(canvas):
     data = load("newton")
-    begin = {control["name"]: control["value"] for control in data["controls"]}
     for curvature, start in itertools.product(range(3), range(9)):
-        state = {**begin, "curvature": curvature, "start": start, "step": 0}
+        state = {"curvature": curvature, "start": start, "step": 0}
         x, y = data["starts"][start]
         loss = (x**2 + (1.0, 5.0, 25.0)[curvature] * y**2) / 2
-        found = re.findall(r"loss ([\d.]*\d)", canvas.draw(data, state)["status"])
-        np.testing.assert_allclose([float(each) for each in found], [loss] * 2, 1e-2)
+        found = losses(canvas.draw(data, state)["status"])
+        np.testing.assert_allclose(found, [loss] * 2, 0.05)
+    # Losses too small for places in hundredths: gradient descent shrinks each number.
+    state = {"rate": 2, "curvature": 2, "start": 6, "step": 29}
+    x, y = (start * (1 - 0.07 * a) ** 29 for start, a in ((-2.0, 1), (0.6, 25)))
+    found = losses(canvas.draw(data, state)["status"])
+    assert found[0] == pytest.approx((x**2 + 25 * y**2) / 2, rel=0.06)
 
 
 def test_a_step_is_said_to_be_lower_or_higher(canvas):
     data = load("slopes")
     for place, rate in enumerate(map(float, data["controls"][0]["texts"])):
         status = canvas.draw(data, {"rate": place})["status"]
-        losses = [-rate + curvature * rate**2 / 2 for curvature in (0.5, 4.0)]
-        found = re.findall(r"loss (\S+), (lower|higher)", status)
-        np.testing.assert_allclose([float(x) for x, _ in found], losses, 0.01, 1e-3)
-        for loss, (_, said) in zip(losses, found, strict=True):
-            assert abs(loss) < 1e-3 or said == ("lower" if loss < 0 else "higher")
+        want = [-rate + curvature * rate**2 / 2 for curvature in (0.5, 4.0)]
+        np.testing.assert_allclose(losses(status), want, 0.01, 1e-3)
+        words = ["lower than before", "as before", "higher than before"]
+        said = [words[int(np.sign(round(loss, 6))) + 1] for loss in want]
+        assert re.findall(r", ([a-z ]+ before|as before)", status) == said
 
 
 def test_level_sets_are_those_of_the_hessian(canvas):
     data = load("hessian")
     texts = {control["name"]: control["texts"] for control in data["controls"]}
-    shapes, checked = {}, 0
+    shapes, levels = {}, data["levels"]
     for xx, yy, xy in itertools.product(range(5), range(5), range(5)):
         state = {"xx": xx, "yy": yy, "xy": xy}
         a, b, c = (float(texts[name][place]) for name, place in state.items())
@@ -185,6 +195,7 @@ def test_level_sets_are_those_of_the_hessian(canvas):
         shapes[tuple(np.sign(np.round(values, 6)))] = found["status"].split(": ")[1]
         # On each level set the function has one value, which is among the levels.
         left, side = (720 - 360) / 2 + 10, 360
+        drawn = set()
         top = float(re.search(r'class="frame" x="\S+" y="(\S+)"', found["svg"])[1])
         paths = re.findall(r'class="level( dashed)?" d="M([^"]+)"', found["svg"])
         assert len(paths) >= 2
@@ -195,11 +206,17 @@ def test_level_sets_are_those_of_the_hessian(canvas):
             near = (abs(x) < 2) & (abs(y) < 2)
             heights = ((a * x**2 + b * y**2) / 2 + c * x * y)[near]
             if len(heights):
-                level = 2.0 ** np.round(np.log2(abs(heights[0])))
-                level = -level if below else level
-                np.testing.assert_allclose(heights, level, atol=0.05, rtol=0.03)
-                checked += 1
-    assert checked > 500
+                sign = -1 if below else 1
+                level = min(levels, key=lambda each: abs(sign * heights[0] - each))
+                np.testing.assert_allclose(sign * heights, level, atol=0.02, rtol=0.03)
+                drawn.add(sign * level)
+        # All levels are there whose sets cross the picture.
+        edge = np.linspace(-2, 2, 401)
+        grid = (a * edge**2 + b * edge[:, None] ** 2) / 2 + c * edge * edge[:, None]
+        low, high = grid.min(), grid.max()
+        signed = [sign * level for sign in (-1, 1) for level in levels]
+        assert {each for each in signed if low + 0.05 < each < high - 0.05} <= drawn
+        assert drawn <= {each for each in signed if low - 0.05 < each < high + 0.05}
     assert shapes == {
         (1.0, 1.0): "a bowl.",
         (-1.0, 1.0): "a saddle.",
@@ -218,7 +235,8 @@ def test_the_picture_of_the_readme_is_what_is_drawn(canvas):
 
 
 def test_scripts_and_data_are_small():
-    scripts = [(DOCS / "_static" / "tour" / name) for name in ("draw.js", "run.js")]
+    scripts = list((DOCS / "_static" / "tour").glob("*.js"))
+    assert len(scripts) == 3
     assert sum(len(gzip.compress(path.read_bytes())) for path in scripts) <= 15_000
     for page in sorted((DOCS / "tour").glob("*.md")):
         names = re.findall(r"^```\{widget\} (\w+)$", page.read_text(), re.M)
@@ -246,7 +264,6 @@ def test_data_is_what_the_library_computes(widgets, name):
     """Almost all numbers: other processors round differently."""
 
     def close(a, b, path=""):
-        assert type(a) is type(b) or {type(a), type(b)} == {int, float}, path
         if isinstance(a, dict):
             assert a.keys() == b.keys(), path
             return [x for k in a for x in close(a[k], b[k], f"{path}/{k}")]
@@ -256,7 +273,9 @@ def test_data_is_what_the_library_computes(widgets, name):
                 x for i, y in enumerate(zip(a, b, strict=False)) for x in close(*y, i)
             ]
         if isinstance(a, str):
-            return [] if a.startswith("σ") else [a == b]
+            return []  # the notes of `maps`
+        if a is None or b is None:
+            return [a is b]
         # Places are in hundredths.
         rounding = 1 if isinstance(a, int) and isinstance(b, int) else 1e-6
         return [abs(a - b) <= max(0.02 * max(abs(a), abs(b)), rounding)]
@@ -271,4 +290,9 @@ def test_data_is_what_the_library_computes(widgets, name):
             for place, rung in enumerate(race["series"]):
                 if rung in om.MATRIX_OPTIMIZERS:
                     race["values"][seed][place] = race["values"][seed][place][:5]
-    assert np.mean(close(kept, made)) > 0.98
+    computed = {"values", "paths", "runs", "curve", "best", "curves"}
+    assert made.keys() == kept.keys()
+    for field in kept.keys() - computed:
+        assert made[field] == kept[field], field
+    for field in kept.keys() & computed:
+        assert np.mean(close(kept[field], made[field])) > 0.98, field

@@ -27,33 +27,32 @@ class Canvas:
 
     def __init__(self) -> None:
         self.engine = MiniRacer()
-        self.engine.eval((DOCS / "_static" / "tour" / "draw.js").read_text())
+        for name in ("svg.js", "draw.js"):
+            self.engine.eval((DOCS / "_static" / "tour" / name).read_text())
 
     def draw(
         self,
         data: dict[str, Any],
-        state: dict[str, int] | None = None,
+        state: dict[str, Any] | None = None,
         width: int = WIDTH,
     ) -> dict[str, str]:
         """Returns the SVG and the status of a widget.
 
         Args:
           data: Its data.
-          state: The place of each control; None is where the widget begins.
+          state: The places of controls; the others are where the widget begins.
           width: The width in pixels.
         """
-        given = json.dumps(data)
-        at = "Tour.initial(data)" if state is None else json.dumps(state)
-        code = f"(() => {{ const data = {given}; return JSON.stringify("
-        code += f"Tour.draw({at}, data, {width})); }})()"
+        code = f"(() => {{ const data = {json.dumps(data)}; const state = "
+        code += f"{{...Tour.initial(data), ...{json.dumps(state or {})}}}; "
+        code += f"return JSON.stringify(Tour.draw(state, data, {width})); }})()"
         return json.loads(str(self.engine.eval(code)))
 
 
 def picture(name: str) -> str:
     """Returns a widget as an SVG of its own, on white."""
     style = (DOCS / "_static" / "tour" / "tour.css").read_text()
-    style += "svg.tour-widget { margin: 0; background: white; font-family: sans-serif; "
-    style += "--pst-color-text-base: #222832; --pst-color-border: #c9c9c9; }"
+    style += "svg.tour-widget { margin: 0; background: white; font-family: sans-serif }"
     drawn = Canvas().draw(load(name))["svg"].removeprefix("<svg ")
     begin, rest = drawn.split(">", 1)
     namespace = '<svg xmlns="http://www.w3.org/2000/svg" class="tour-widget" '
@@ -74,7 +73,7 @@ def slider(control: dict[str, Any]) -> str:
         f"<label>{html.escape(control['label'])} "
         f'<input type="range" name="{control["name"]}" min="0" max="{most}" step="1" '
         f'value="{value}" aria-valuetext="{html.escape(text)}" autocomplete="off">'
-        f'<output aria-live="off">{html.escape(text)}</output></label>'
+        f'<output aria-hidden="true">{html.escape(text)}</output></label>'
     )
 
 
@@ -99,7 +98,8 @@ class Widget(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         name = self.arguments[0]
         data = load(name)
-        for path in (f"tour/data/{name}.json", "_static/tour/draw.js"):
+        scripts = ("_static/tour/svg.js", "_static/tour/draw.js")
+        for path in (f"tour/data/{name}.json", *scripts):
             self.env.note_dependency(str(DOCS / path))
         drawn = Canvas().draw(data)
         controls = "".join(
@@ -130,8 +130,8 @@ class Widget(SphinxDirective):
 def add_scripts(app: Sphinx, page: str, template: str, context: Any, tree: Any) -> None:
     """Adds the scripts and the style of widgets to the pages that have some."""
     if tree is not None and "tour-widget" in context.get("body", ""):
-        app.add_js_file("tour/draw.js", loading_method="defer")
-        app.add_js_file("tour/run.js", loading_method="defer")
+        for name in ("svg.js", "draw.js", "run.js"):
+            app.add_js_file(f"tour/{name}", loading_method="defer")
         app.add_css_file("tour/tour.css")
 
 

@@ -28,14 +28,13 @@ for (const figure of document.querySelectorAll("figure.tour-widget")) {
   };
 
   const play = figure.querySelector("[name=play]");
-  const control = data.controls.find((c) => c.step);
+  const steps = data.controls.find((c) => c.step);
   let timer = null;
   const stop = () => {
     if (!timer) return;
     clearInterval(timer);
     timer = null;
     play.textContent = "Play";
-    show();
   };
 
   for (const input of inputs) {
@@ -53,13 +52,18 @@ for (const figure of document.querySelectorAll("figure.tour-widget")) {
 
   if (play) {
     play.addEventListener("click", () => {
-      if (timer) return stop();
-      if (state[control.name] === control.max) state[control.name] = 0;
+      if (timer) {
+        stop();
+        return show();
+      }
+      if (state[steps.name] === steps.max) state[steps.name] = 0;
+      show(true);
       play.textContent = "Pause";
       timer = setInterval(() => {
-        state[control.name] = Math.min(state[control.name] + 1, control.max);
-        show(true);
-        if (state[control.name] === control.max) stop();
+        state[steps.name] = Math.min(state[steps.name] + 1, steps.max);
+        const last = state[steps.name] === steps.max;
+        if (last) stop();
+        show(!last);
       }, 60);
     });
   }
@@ -71,11 +75,17 @@ for (const figure of document.querySelectorAll("figure.tour-widget")) {
   });
 
   // The picture holds the pointer, because the handle itself is drawn anew.
+  const onHandle = (event) => event.target.classList.contains("handle");
   picture.addEventListener("pointerdown", (event) => {
-    if (!event.target.classList.contains("handle")) return;
+    if (!onHandle(event) || event.button !== 0) return;
     event.preventDefault();
+    stop();
     picture.setPointerCapture(event.pointerId);
   });
+  // Else a finger on the handle scrolls the page: browsers ignore touch-action inside SVG.
+  picture.addEventListener("touchstart", (event) => {
+    if (onHandle(event)) event.preventDefault();
+  }, { passive: false });
   picture.addEventListener("pointermove", (event) => {
     if (!picture.hasPointerCapture(event.pointerId)) return;
     const shown = picture.firstElementChild.getBoundingClientRect();
@@ -84,7 +94,9 @@ for (const figure of document.querySelectorAll("figure.tour-widget")) {
     Object.assign(state, Tour.drag(state, data, width(), x * scale, y * scale));
     show(true);
   });
-  picture.addEventListener("lostpointercapture", () => show());
+  picture.addEventListener("lostpointercapture", (event) => {
+    if (event.target === picture) show();
+  });
 
   figure.querySelector("form").hidden = false;
   let last = 0;

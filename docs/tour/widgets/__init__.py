@@ -12,19 +12,27 @@ from .common import Widget
 
 WIDGETS: dict[str, Callable[[], Widget]] = {
     make.__name__: make
-    for make in (
-        *(paths.bowl, line.fit),
+    for make in [
+        paths.bowl,
+        line.fit,
         paths.valley,
-        *(curves.accumulators, paths.adam),
-        *(curves.signal, bars.scenarios),
+        curves.accumulators,
+        paths.adam,
+        curves.signal,
+        bars.scenarios,
         bars.decay,
         paths.signs,
         paths.lion,
         bars.steps,
-        *(geometry.slopes, geometry.hessian, paths.newton, curves.condition),
-        *(matrices.memory, curves.spectrum),
+        geometry.slopes,
+        geometry.hessian,
+        paths.newton,
+        curves.condition,
+        matrices.memory,
+        curves.spectrum,
         matrices.maps,
-        *(geometry.circle, curves.squeeze),
+        geometry.circle,
+        curves.squeeze,
         race.race,
-    )
+    ]
 }

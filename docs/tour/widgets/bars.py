@@ -28,9 +28,16 @@ def bars(
 ) -> Widget:
     """Returns a widget of bars; arguments are as for `curves`, with a label a group."""
     return {
-        **{"name": name, "title": title, "kind": "bars", "series": list(series)},
-        **{"controls": controls(choices), "labels": list(labels), "range": between},
-        **{"xlabel": xlabel, "ylabel": ylabel, "ylog": ylog},
+        "kind": "bars",
+        "name": name,
+        "title": title,
+        "series": list(series),
+        "controls": controls(choices),
+        "labels": list(labels),
+        "range": between,
+        "xlabel": xlabel,
+        "ylabel": ylabel,
+        "ylog": ylog,
         "values": results(choices, lambda **values: rounded(make(**values))),
     }
 
@@ -38,7 +45,9 @@ def bars(
 def scenarios() -> Widget:
     """Adam's update for six kinds of gradients, and what it tends to."""
     count = 50_000
-    noise = jax.random.normal(jax.random.key(6), (count,))
+    noise = jax.random.normal(jax.random.key(6), (count // 2,))
+    # Exactly of mean 0 and variance 1 in the half that counts.
+    noise = jnp.tile((noise - jnp.mean(noise)) / jnp.std(noise), 2)
     flip = jnp.where(jnp.arange(count) % 2 == 0, 1.0, -1.0)
     streams = {  # and the signal over the root of the mean square
         "clean": (jnp.full(count, 0.3), 1.0),
@@ -49,20 +58,21 @@ def scenarios() -> Widget:
         "loud": (jnp.full(count, 100.0), 1.0),
     }
 
-    def found(beta):
+    def statistics(beta):
         adam = optax.scale_by_adam(beta, beta)
         updates = jnp.stack(
             [over(adam, stream, lambda u, _: u) for stream, _ in streams.values()]
         )
         late = updates[:, count // 2 :]
         limits = [limit for _, limit in streams.values()]
-        return [limits, jnp.mean(late, axis=1), jnp.std(late, axis=1)]
+        found = [limits, jnp.mean(late, axis=1), jnp.std(late, axis=1)]
+        return jnp.round(jnp.array(found), 4)
 
     return bars(
         "scenarios",
         "Adam's update for six kinds of gradients",
         {"beta": Choice("β₁ = β₂", (0.9, 0.99, 0.999, 0.9999), 0)},
-        found,
+        statistics,
         series=["limit", "mean of updates", "their standard deviation"],
         labels=list(streams),
         between=(0.0, 1.1),
@@ -138,9 +148,9 @@ def steps() -> Widget:
         },
         lengths,
         series=list(optimizers),
-        labels=["smallest", "", "1", "", "largest"],
+        labels=["smallest", "small", "middle", "large", "largest"],
         between=(1e-4, 1e5),
-        xlabel="size of the gradient",
+        xlabel="size of the gradient; the middle one is 1",
         ylabel="length of a step, learning rate 1",
         ylog=True,
     )

@@ -1,6 +1,7 @@
 """What all widgets have: controls, and the results of their combinations."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -71,7 +72,10 @@ def results(
 
 
 def rounded(values: Any, digits: int = 3) -> Any:
-    """Returns nested lists of numbers with some significant digits."""
+    """Returns nested lists of numbers with some significant digits.
+
+    What is not finite is None.
+    """
     if isinstance(values, float | int):
-        return float(f"{values:.{digits}g}")
+        return float(f"{values:.{digits}g}") if math.isfinite(values) else None
     return [rounded(value, digits) for value in np.asarray(values).tolist()]

@@ -31,6 +31,7 @@ def curves(
     xlabel: str = "step",
     xlog: bool = False,
     ylog: bool = False,
+    end: str = "At the end",
 ) -> Widget:
     """Returns a widget of curves.
 
@@ -46,11 +47,21 @@ def curves(
       xlabel: What x is.
       xlog: Whether its axis is logarithmic.
       ylog: Whether that of the values is.
+      end: What the last values are, in a sentence.
     """
     return {
-        **{"name": name, "title": title, "kind": "curves", "series": list(series)},
-        **{"controls": controls(choices), "x": list(x), "range": between},
-        **{"xlabel": xlabel, "ylabel": ylabel, "xlog": xlog, "ylog": ylog},
+        "kind": "curves",
+        "name": name,
+        "title": title,
+        "series": list(series),
+        "controls": controls(choices),
+        "x": list(x),
+        "range": between,
+        "xlabel": xlabel,
+        "ylabel": ylabel,
+        "xlog": xlog,
+        "ylog": ylog,
+        "end": end,
         "values": results(choices, lambda **values: rounded(make(**values))),
     }
 
@@ -149,6 +160,7 @@ def spectrum() -> Widget:
         xlabel="singular value, by size",
         ylabel="singular value",
         ylog=True,
+        end="The smallest",
     )
 
 
@@ -195,6 +207,7 @@ def condition() -> Widget:
         ylabel="steps",
         xlog=True,
         ylog=True,
+        end="At a ratio of 1,000",
     )
 
 

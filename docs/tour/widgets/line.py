@@ -18,7 +18,10 @@ def fit() -> Widget:
         [jax.random.permutation(key, count) for key in jax.random.split(keys[2], steps)]
     )
 
-    def slopes(rate, size):
+    def loss(slope):
+        return jnp.mean((slope * x - y) ** 2)
+
+    def run(rate, size):
         optimizer = optax.sgd(rate)
 
         def step(carry, order):
@@ -26,21 +29,31 @@ def fit() -> Widget:
             here = order[:size]
             gradient = jnp.mean(2 * x[here] * (slope * x[here] - y[here]))
             updates, state = optimizer.update(gradient, state, slope)
-            return (optax.apply_updates(slope, updates), state), slope
+            return (optax.apply_updates(slope, updates), state), (slope, loss(slope))
 
         slope = jnp.float32(-0.8)
-        found = jax.lax.scan(step, (slope, optimizer.init(slope)), orders)[1]
-        return rounded(found, 4)
+        return rounded(jax.lax.scan(step, (slope, optimizer.init(slope)), orders)[1], 4)
 
     choices = {
         "rate": Choice("Learning rate", (0.005, 0.02, 0.05, 0.15), 2),
         "size": Choice("Batch size", (1, 4, 12, count), 0),
     }
+    slopes = jnp.linspace(-1.2, 2.8, 81)
+    best = jnp.sum(x * y) / jnp.sum(x**2)
     return {
-        **{"name": "fit", "title": "Fitting a line by SGD", "kind": "fit"},
+        "kind": "fit",
+        "name": "fit",
+        "title": "Fitting a line by SGD",
+        "series": [],
         "controls": [*controls(choices), steps_control(steps - 1, 20)],
+        "xs": (-3.2, 3.2),
+        "ys": (-4.5, 4.5),
+        "slopes": (-1.2, 2.8),
+        "losses": (0.0, 12.0),
         "sizes": choices["size"].values,
         "points": [x.tolist(), y.tolist()],
         "orders": orders.tolist(),
-        "slopes": results(choices, slopes),
+        "curve": [rounded(slopes), rounded(jax.vmap(loss)(slopes))],
+        "best": rounded([best, loss(best)]),
+        "runs": results(choices, run),
     }

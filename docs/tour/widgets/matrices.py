@@ -20,7 +20,7 @@ def maps() -> Widget:
     noise = jax.random.normal(keys[2], (max(counts), size, size))
     methods = {
         "gradient": optax.identity(),
-        "AdamW": optax.scale_by_adam(0.9, 0.95),
+        "Adam": optax.scale_by_adam(0.9, 0.95),
         "Muon": optax.chain(om.ema_momentum(0.9), om.orthogonalize("newton_schulz")),
         "Shampoo": om.shampoo_precondition(0.9, refresh=1),
     }
@@ -37,7 +37,8 @@ def maps() -> Widget:
                 update, state = optimizer.update(gradient, state, weights)
             sigmas = om.diagnostics.singular_values(update["mlp"])[0]
             ratio = float(sigmas[0] / sigmas[-1])
-            note = f"σ₁ / σ₈ = {ratio:.2g}" if ratio < 1e6 else "σ₈ ≈ 0"
+            digits = f"{ratio:.2g}" if ratio < 100 else f"{ratio:.0f}"
+            note = f"σ₁ / σ₈ = {digits}" if ratio < 1e6 else "σ₈ ≈ 0"
             result.append({"entries": rounded(update["mlp"], 2), "note": note})
         return result
 
@@ -46,8 +47,11 @@ def maps() -> Widget:
         "count": Choice("Steps", counts, 1),
     }
     return {
-        **{"name": "maps", "title": "One update by four rules", "kind": "maps"},
-        **{"series": list(methods), "controls": controls(choices)},
+        "kind": "maps",
+        "name": "maps",
+        "title": "One update by four rules",
+        "series": list(methods),
+        "controls": controls(choices),
         "values": results(choices, found),
     }
 

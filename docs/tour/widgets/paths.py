@@ -10,7 +10,7 @@ import optax
 
 import optax_matrix as om
 
-from .common import Choice, Choices, Widget, controls, results, steps_control
+from .common import Choice, Choices, Widget, controls, results, rounded, steps_control
 
 Pair = tuple[float, float]
 # A series is a function, and the controls that are its arguments.
@@ -40,14 +40,23 @@ def walk(
     return jax.lax.scan(step, carry, noise)[1]
 
 
-def drawn(points: jax.Array, domain: Sequence[float]) -> list[list[int]]:
-    """Returns x and y in hundredths, up to the first point outside of the picture."""
-    x, y = np.asarray(points).T
-    left, right, low, high = domain
-    inside = (x > left) & (x < right) & (y > low) & (y < high)
+def drawn(
+    points: jax.Array, curvatures: Pair, xs: Pair, ys: Pair
+) -> tuple[list[int], list[int], list[float | None]]:
+    """Returns x and y in hundredths, and losses, up to the first point outside.
+
+    The loss of that point is None.
+    """
+    x, y = np.asarray(points, np.float64).T
+    inside = (x > xs[0]) & (x < xs[1]) & (y > ys[0]) & (y < ys[1])
     end = len(x) if inside.all() else int(np.argmin(inside)) + 1
-    x, y = (np.nan_to_num(values, posinf=1e3, neginf=-1e3) for values in (x, y))
-    return [[round(100 * float(v)) for v in values[:end]] for values in (x, y)]
+    losses = (curvatures[0] * x**2 + curvatures[1] * y**2) / 2
+    x, y = (
+        [round(100 * v) for v in np.nan_to_num(each, posinf=1e3, neginf=-1e3).tolist()]
+        for each in (x, y)
+    )
+    seen = rounded(np.where(inside, losses, np.nan), 2)
+    return x[:end], y[:end], seen[:end]
 
 
 def paths(
@@ -56,39 +65,50 @@ def paths(
     choices: Choices,
     series: Mapping[str, Series],
     *,
-    domain: Sequence[float],
+    xs: Pair,
+    ys: Pair,
     curvatures: Sequence[Pair],
     levels: Sequence[float],
     steps: int,
     shown: int,
-    starts: Sequence[Pair] | None = None,
+    **more: Any,
 ) -> Widget:
     """Returns a widget of paths over level sets.
 
     Args:
       name: Its name.
       title: Its title.
-      choices: Its controls. One named `curvature` chooses the level sets, and one named
-        `start` the first point, which can then be dragged.
+      choices: Its controls. The one named `curvature` chooses the level sets.
       series: What is drawn, by name.
-      domain: Left, right, lower and upper end of the picture.
+      xs: The left and the right end of the picture.
+      ys: The lower and the upper end.
       curvatures: Those of the level sets, one pair for each value of `curvature`.
       levels: The values on the level sets.
       steps: The length of the paths.
       shown: How much of them is shown first.
-      starts: The points of `start`.
+      **more: More fields of the data.
     """
 
     def every(by: Sequence[str], run: Callable[..., jax.Array]) -> dict[str, Any]:
-        return results(choices, lambda **values: drawn(run(**values), domain), by)
+        def path(**values):
+            pair = (curvatures[0][0], values.get("curvature", curvatures[0][1]))
+            return drawn(run(**values), pair, xs, ys)
+
+        return results(choices, path, by)
 
     return {
-        **{"name": name, "title": title, "kind": "paths", "series": list(series)},
+        "kind": "paths",
+        "name": name,
+        "title": title,
+        "series": list(series),
         "controls": [*controls(choices), steps_control(steps - 1, shown)],
-        **{"domain": domain, "curvatures": curvatures, "levels": levels},
-        **({"starts": starts} if starts else {}),
+        "xs": xs,
+        "ys": ys,
+        "curvatures": curvatures,
+        "levels": levels,
         "by": [by for by, _ in series.values()],
         "paths": [every(by, run) for by, run in series.values()],
+        **more,
     }
 
 
@@ -108,7 +128,8 @@ def bowl() -> Widget:
             "noise": Choice("Noise", (0.0, 0.3, 1.0, 2.0), 2),
         },
         {"SGD": (("rate", "noise"), sgd)},
-        domain=(-4.0, 4.0, -2.5, 2.5),
+        xs=(-4.0, 4.0),
+        ys=(-2.5, 2.5),
         curvatures=[curvatures],
         levels=(0.125, 0.5, 1.125, 2.0, 3.125, 4.5),
         steps=steps,
@@ -135,7 +156,8 @@ def valley() -> Widget:
             "SGD": (("rate", "noise"), run),
             "momentum": (("beta", "rate", "noise"), run),
         },
-        domain=(-10.0, 5.0, -4.0, 4.0),
+        xs=(-10.0, 5.0),
+        ys=(-4.0, 4.0),
         curvatures=[curvatures],
         levels=(0.05, 0.2, 0.5, 1.0, 2.0, 4.0),
         steps=steps,
@@ -160,7 +182,8 @@ def adam() -> Widget:
             "momentum": run(lambda rate: optax.sgd(rate, momentum=0.9)),
             "Adam": run(optax.adam),
         },
-        domain=(-2.4, 1.0, -0.9, 0.9),
+        xs=(-2.4, 1.0),
+        ys=(-0.9, 0.9),
         curvatures=[curvatures],
         levels=(0.02, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0),
         steps=steps,
@@ -190,7 +213,8 @@ def _noisy(
         title,
         choices,
         {each: run(by, make) for each, (by, make) in series.items()},
-        domain=(-2.4, 1.2, -1.1, 1.1),
+        xs=(-2.4, 1.2),
+        ys=(-1.1, 1.1),
         curvatures=[curvatures],
         levels=(0.02, 0.1, 0.5, 1.0, 2.0, 4.0),
         steps=steps,
@@ -201,33 +225,30 @@ def _noisy(
 def signs() -> Widget:
     return _noisy(
         "signs",
-        "SignSGD and AdamW",
+        "SignSGD and Adam",
         {
             "noise": Choice("Noise", (0.0, 0.3, 0.6, 1.0, 1.5), 1),
             "rate": Choice("Learning rate", (0.02, 0.05, 0.1), 1),
         },
         {
             "SignSGD": (("rate",), lambda rate: optax.sign_sgd(rate)),
-            "AdamW": (("rate",), lambda rate: optax.adamw(rate, weight_decay=0.0)),
+            "Adam": (("rate",), lambda rate: optax.adam(rate)),
         },
         shown=60,
     )
 
 
 def lion() -> Widget:
-    def lion(beta):
-        return optax.lion(0.02, b1=beta, b2=0.99, weight_decay=0.0)
-
     return _noisy(
         "lion",
-        "Lion and AdamW",
+        "Lion and Adam",
         {
             "noise": Choice("Noise", (0.0, 0.3, 1.0), 1),
             "beta": Choice("Lion's β₁", (0.0, 0.5, 0.9, 0.98), 2),
         },
         {
-            "Lion": (("beta",), lion),
-            "AdamW": ((), lambda: optax.adamw(0.05, weight_decay=0.0)),
+            "Lion": (("beta",), lambda beta: optax.lion(0.02, beta, weight_decay=0.0)),
+            "Adam": ((), lambda: optax.adam(0.05)),
         },
         shown=80,
     )
@@ -245,8 +266,8 @@ def newton() -> Widget:
             return jnp.sum(jnp.array((1.0, curvature)) * point**2) / 2
 
         def step(point, _):
-            step: Any = om.newton_step(loss, point, damping=damping)
-            return optax.apply_updates(point, step), point
+            update: Any = om.newton_step(loss, point, damping=damping)
+            return optax.apply_updates(point, update), point
 
         return jax.lax.scan(step, jnp.array(start), None, steps)[1]
 
@@ -264,7 +285,8 @@ def newton() -> Widget:
             "gradient descent": (("rate", "curvature", "start"), descent),
             "Newton": (("damping", "curvature", "start"), newtons),
         },
-        domain=(-2.4, 1.0, -0.9, 0.9),
+        xs=(-2.4, 1.0),
+        ys=(-0.9, 0.9),
         curvatures=[(1.0, curvature) for curvature in curvatures],
         levels=(0.02, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0),
         steps=steps,
