@@ -123,6 +123,10 @@ def test_the_tables_of_the_docs_are_those_of_the_raw_results():
     assert claims_report.table(claims_report.flattening_of(runs)) in page
     losses, answers = claims_report.rates_of(read(results / "convergence_rates.jsonl"))
     assert losses in page and claims_report.table(answers) in page
+    transfer = read(results / "convergence_transfer.jsonl")
+    tables, answers = claims_report.transfer_of(transfer)
+    assert all(table in page for table in tables.split("\n\n"))
+    assert claims_report.table(answers) in page
 
 
 def test_the_numbers_of_the_tour_are_those_of_the_raw_results():
@@ -167,13 +171,32 @@ def test_the_numbers_of_the_tour_are_those_of_the_raw_results():
         for run in read(results / "convergence_flattening.jsonl")
     ]
     shares = [f"{100 * share:.0f} %" for share in np.mean(near, axis=0)]
+    rates = {}
+    for run in read(results / "convergence_rates.jsonl"):
+        if run["arm"] == "muonw":
+            rates.setdefault(run["learning_rate"], []).append(run["loss"])
+    quarter, half, middle, twice, four = (np.mean(rates[r]) for r in sorted(rates))
+    kept = claims_report.kept_of(read(results / "convergence_transfer.jsonl"))
+    adamw, muonh = (
+        re.findall(rf"^\| {arm} .*$", kept, re.M)[0].split(" | ")
+        for arm in ("adamw", "muonh")
+    )
     numbers = {
+        "01_sgd": [
+            f"ended {quarter - middle:.2f} higher",
+            f"and at four times it {four - middle:.2f}",
+            f"at half and at twice it, {half - middle:.2f} and {twice - middle:.2f}",
+        ],
+        "12_muonh": [
+            f"only {float(muonh[4][1:6]):.2f} ± {float(muonh[4][9:]):.2f}",
+        ],
         "02_momentum": [
             f"[{momentum('muon')} in runs of 250 steps]",
             f"[{momentum('muon', long)} in runs of 1,000]",
             f"`om.halley_muon` wanted {momentum('entry+halley+neuron')} in both",
         ],
         "03_adam": [
+            f"the old one ended {float(adamw[4][1:6]):.2f} higher",
             f"a loss of {b2[0.95]:.3f} on one seed",
             f"0.9 ended {b2[0.9] - b2[0.95]:.3f} higher",
             f"and 0.975 {b2[0.975] - b2[0.95]:.3f}",

@@ -215,42 +215,75 @@ def best_rate(losses: Mapping[float, float]) -> float:
     return math.log2(rates[place]) + shift * math.log2(rates[1] / rates[0])
 
 
+AXES = {"width": [64, 128, 256, 512], "layers": [1, 2, 4, 8]}
+
+
+def losses_at(runs: Sequence[Run], **model: Any) -> dict[float, list[float]]:
+    """Returns the losses of a model by learning rate, in the order of the seeds."""
+    model = {"width": 64, "layers": 1, **model}
+    mine = [run for run in runs if model.items() <= run.items()]
+    losses: dict[float, list[float]] = {}
+    for run in sorted(mine, key=lambda run: (run["learning_rate"], run["seed"])):
+        losses.setdefault(run["learning_rate"], []).append(loss_of(run))
+    return losses
+
+
+def kept_of(runs: Sequence[Run]) -> str:
+    """Returns a table of what it costs to keep the best rate of the smallest model."""
+    models = [(axis, size) for axis, sizes in AXES.items() for size in sizes[1:]]
+    heads = ["arm", "best rate at width 64", *(f"{a} {n}" for a, n in models)]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+
+    def lowest(losses: Mapping[float, list[float]]) -> float:
+        return min(losses, key=lambda rate: statistics.mean(losses[rate]))
+
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        kept = lowest(losses_at(runs, arm=arm))
+        cells = []
+        for axis, size in models:
+            losses = losses_at(runs, arm=arm, **{axis: size})
+            best = lowest(losses)
+            pairs = zip(losses[kept], losses[best], strict=True)
+            mean, half = interval([a - b for a, b in pairs], CONFIDENCE)
+            cells.append("best too" if best == kept else f"{mean:+.3f} ± {half:.3f}")
+        lines.append(f"| {arm} | {kept:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def transfer_of(runs: Sequence[Run]) -> tuple[str, list[Answer]]:
-    """Returns a table of best rates, and the answers, from the runs of `transfer`."""
+    """Returns tables of rates, and the answers, from the runs of `transfer`."""
     arms, seeds = (list(dict.fromkeys(run[k] for run in runs)) for k in ("arm", "seed"))
-    axes = {"width": [64, 128, 256, 512], "layers": [1, 2, 4, 8]}
 
     def best(arm: str, seed: int, axis: str, size: int) -> float:
-        model = {"width": 64, "layers": 1, axis: size, "arm": arm, "seed": seed}
-        mine = [run for run in runs if model.items() <= run.items()]
-        return best_rate({run["learning_rate"]: loss_of(run) for run in mine})
+        losses = losses_at(runs, arm=arm, seed=seed, **{axis: size})
+        return best_rate({rate: found[0] for rate, found in losses.items()})
 
     def octaves(axis: str, rates: np.ndarray) -> list[float]:
         """By how many octaves the best rate moves, by least squares, for each seed."""
-        sizes = np.log2(axes[axis])
+        sizes = np.log2(AXES[axis])
         slopes = np.polyfit(sizes, rates.T, 1)[0] * (sizes[-1] - sizes[0])
         return [float(slope) for slope in slopes]
 
     found = {
         (axis, arm): np.array([[best(arm, s, axis, n) for n in sizes] for s in seeds])
-        for axis, sizes in axes.items()
+        for axis, sizes in AXES.items()
         for arm in arms
     }
-    heads = ["arm", *(f"{axis} {n}" for axis, sizes in axes.items() for n in sizes)]
+    heads = ["arm", *(f"{axis} {n}" for axis, sizes in AXES.items() for n in sizes)]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for arm in arms:
-        cells = [_rate(each) for axis in axes for each in found[axis, arm].T]
+        cells = [_rate(each) for axis in AXES for each in found[axis, arm].T]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     answers = [
         judge(
             f"The best learning rate does not depend on the {NAMES[axis]}",
-            f"octaves from {axes[axis][0]} to {axes[axis][-1]}, {arm}",
+            f"octaves from {AXES[axis][0]} to {AXES[axis][-1]}, {arm}",
             octaves(axis, rates) if np.isfinite(rates).all() else [math.nan],
             *(-0.5, 0.5),
         )
         for (axis, arm), rates in found.items()
     ]
-    return "\n".join(lines), answers
+    return "\n\n".join(["\n".join(lines), kept_of(runs)]), answers
 
 
 NAMES = {"width": "width", "layers": "number of layers"}
