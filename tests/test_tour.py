@@ -67,14 +67,18 @@ def test_every_widget_is_on_a_page_once(widgets):
 def test_a_widget_is_drawn_in_all_its_states(canvas, name):
     data = load(name)
     names = [control["name"] for control in data["controls"]]
-    drawn = {}
-    for values in itertools.product(*map(choices, data["controls"])):
-        state = dict(zip(names, values, strict=True))
-        found = canvas.draw(data, state)
-        xml.etree.ElementTree.fromstring(found["svg"])
-        assert not re.search(r"NaN|undefined|Infinity|null", found["svg"])
-        assert len(found["status"]) > 10 and "undefined" not in found["status"]
-        drawn[values] = found["svg"]
+    places = list(itertools.product(*map(choices, data["controls"])))
+    states = [dict(zip(names, values, strict=True)) for values in places]
+    for width in (720, 340):
+        pictures = canvas.draw(data, *states, width=width)
+        for found in pictures:
+            xml.etree.ElementTree.fromstring(found["svg"])
+            assert f'viewBox="0 0 {width} ' in found["svg"]
+            assert not re.search(r"NaN|undefined|Infinity|null", found["svg"])
+            assert len(found["status"]) > 10 and "undefined" not in found["status"]
+    drawn = {
+        values: found["svg"] for values, found in zip(places, pictures, strict=True)
+    }
     for place, control in enumerate(data["controls"]):
         # Each control changes the picture, in some state of the others.
         def others(item, place=place):
@@ -86,9 +90,6 @@ def test_a_widget_is_drawn_in_all_its_states(canvas, name):
             {svg for _, svg in group} for _, group in itertools.groupby(rows, others)
         ]
         assert any(len(group) > 1 for group in groups), control["name"]
-    phone = canvas.draw(data, width=340)["svg"]
-    xml.etree.ElementTree.fromstring(phone)
-    assert 'viewBox="0 0 340 ' in phone
 
 
 def test_paths_are_drawn_where_they_are(canvas):
@@ -104,7 +105,7 @@ def test_paths_are_drawn_where_they_are(canvas):
             {"": [[100, 300], [0, 0], [0.5, None]]},
         ],
     }
-    found = canvas.draw(data)
+    (found,) = canvas.draw(data, {})
     assert found["status"] == "Step 2. a: loss 1, b left the picture."
     left, top, width, height = 50, 30, 720 - 68, 720 * 0.46
     points = [
@@ -119,7 +120,7 @@ def test_paths_are_drawn_where_they_are(canvas):
 
 def test_chosen_curves_are_those_of_their_series(canvas):
     race = load("race")
-    status = canvas.draw(race, {"series": [0, 6], "seed": 2})["status"]
+    status = canvas.draw(race, {"series": [0, 6], "seed": 2})[0]["status"]
     ends = [race["values"]["2"][place][-1] for place in (0, 6)]
     found = re.fullmatch(r"At the end: sgd (\S+), sign_sgd (\S+)\.", status)
     assert found
@@ -134,7 +135,7 @@ def test_handles_go_to_the_nearest_place(canvas):
         return json.loads(str(canvas.engine.eval(f"JSON.stringify({given})")))
 
     def handle(name, state):
-        svg = canvas.draw(load(name), state)["svg"]
+        svg = canvas.draw(load(name), state)[0]["svg"]
         shape = re.search(r'class="handle" cx="(\S+)" cy="(\S+)"', svg)
         box = re.search(
             r'class="frame" x="(\S+)" y="(\S+)" width="(\S+)" height="(\S+)"', svg
@@ -163,19 +164,19 @@ def test_the_losses_of_paths_are_those_of_their_valley(canvas):
         state = {"curvature": curvature, "start": start, "step": 0}
         x, y = data["starts"][start]
         loss = (x**2 + (1.0, 5.0, 25.0)[curvature] * y**2) / 2
-        found = losses(canvas.draw(data, state)["status"])
+        found = losses(canvas.draw(data, state)[0]["status"])
         np.testing.assert_allclose(found, [loss] * 2, 0.05)
     # Losses too small for places in hundredths: gradient descent shrinks each number.
     state = {"rate": 2, "curvature": 2, "start": 6, "step": 29}
     x, y = (start * (1 - 0.07 * a) ** 29 for start, a in ((-2.0, 1), (0.6, 25)))
-    found = losses(canvas.draw(data, state)["status"])
+    found = losses(canvas.draw(data, state)[0]["status"])
     assert found[0] == pytest.approx((x**2 + 25 * y**2) / 2, rel=0.06)
 
 
 def test_a_step_is_said_to_be_lower_or_higher(canvas):
     data = load("slopes")
     for place, rate in enumerate(map(float, data["controls"][0]["texts"])):
-        status = canvas.draw(data, {"rate": place})["status"]
+        status = canvas.draw(data, {"rate": place})[0]["status"]
         want = [-rate + curvature * rate**2 / 2 for curvature in (0.5, 4.0)]
         np.testing.assert_allclose(losses(status), want, 0.01, 1e-3)
         words = ["lower than before", "as before", "higher than before"]
@@ -191,7 +192,7 @@ def test_level_sets_are_those_of_the_hessian(canvas):
         state = {"xx": xx, "yy": yy, "xy": xy}
         a, b, c = (float(texts[name][place]) for name, place in state.items())
         values = np.linalg.eigvalsh([[a, c], [c, b]])
-        found = canvas.draw(data, state)
+        (found,) = canvas.draw(data, state)
         shapes[tuple(np.sign(np.round(values, 6)))] = found["status"].split(": ")[1]
         # On each level set the function has one value, which is among the levels.
         left, side = (720 - 360) / 2 + 10, 360

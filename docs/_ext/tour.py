@@ -31,21 +31,20 @@ class Canvas:
             self.engine.eval((DOCS / "_static" / "tour" / name).read_text())
 
     def draw(
-        self,
-        data: dict[str, Any],
-        state: dict[str, Any] | None = None,
-        width: int = WIDTH,
-    ) -> dict[str, str]:
-        """Returns the SVG and the status of a widget.
+        self, data: dict[str, Any], *states: dict[str, Any], width: int = WIDTH
+    ) -> list[dict[str, str]]:
+        """Returns the SVG and the status of a widget in each of some states.
 
         Args:
           data: Its data.
-          state: The places of controls; the others are where the widget begins.
+          *states: The places of controls; the others are where the widget begins.
           width: The width in pixels.
         """
-        code = f"(() => {{ const data = {json.dumps(data)}; const state = "
-        code += f"{{...Tour.initial(data), ...{json.dumps(state or {})}}}; "
-        code += f"return JSON.stringify(Tour.draw(state, data, {width})); }})()"
+        code = f"(() => {{ const data = {json.dumps(data)}; "
+        code += f"return JSON.stringify({json.dumps(states)}.map((state) => "
+        code += (
+            f"Tour.draw({{...Tour.initial(data), ...state}}, data, {width}))); }})()"
+        )
         return json.loads(str(self.engine.eval(code)))
 
 
@@ -53,8 +52,8 @@ def picture(name: str) -> str:
     """Returns a widget as an SVG of its own, on white."""
     style = (DOCS / "_static" / "tour" / "tour.css").read_text()
     style += "svg.tour-widget { margin: 0; background: white; font-family: sans-serif }"
-    drawn = Canvas().draw(load(name))["svg"].removeprefix("<svg ")
-    begin, rest = drawn.split(">", 1)
+    (drawn,) = Canvas().draw(load(name), {})
+    begin, rest = drawn["svg"].removeprefix("<svg ").split(">", 1)
     namespace = '<svg xmlns="http://www.w3.org/2000/svg" class="tour-widget" '
     return f"{namespace}{begin}><style>{style}</style>{rest}\n"
 
@@ -101,7 +100,7 @@ class Widget(SphinxDirective):
         scripts = ("_static/tour/svg.js", "_static/tour/draw.js")
         for path in (f"tour/data/{name}.json", *scripts):
             self.env.note_dependency(str(DOCS / path))
-        drawn = Canvas().draw(data)
+        (drawn,) = Canvas().draw(data, {})
         controls = "".join(
             (checkboxes if control.get("many") else slider)(control)
             for control in data["controls"]
