@@ -1,5 +1,7 @@
 """All rungs of the ladder on one problem."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ SETTINGS = {"adamw": {"weight_decay": 0.1}}
 STEPS, EVERY, SIZE = 120, 3, 24
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def run(name: str, rate: float, seed: int) -> jax.Array:
     """Returns the losses of a rung on a linear network of two layers."""
     keys = jax.random.split(jax.random.key(10 + seed), 4)
