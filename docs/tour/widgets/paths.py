@@ -258,9 +258,11 @@ def newton() -> Widget:
     """Gradient descent and damped Newton steps in valleys."""
     steps, starts = 30, [(x, y) for y in (-0.6, 0.2, 0.6) for x in (-2.0, -1.0, 0.6)]
 
+    @jax.jit
     def descent(rate, curvature, start):
         return walk(optax.sgd(rate), start, (1.0, curvature), kicks(steps))
 
+    @jax.jit
     def newtons(damping, curvature, start):
         def loss(point):
             return jnp.sum(jnp.array((1.0, curvature)) * point**2) / 2
