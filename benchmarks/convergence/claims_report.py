@@ -53,7 +53,8 @@ def judge(
         wanted = f"below {high:g}"
     elif math.isinf(high):
         wanted = f"above {low:g}"
-    return Answer(claim, number, f"{mean:.3g} ± {half:.2g}", wanted, answer)
+    measured = "not defined" if math.isnan(mean) else f"{mean:.3g} ± {half:.2g}"
+    return Answer(claim, number, measured, wanted, answer)
 
 
 def growth(run: Run) -> float:
@@ -182,18 +183,20 @@ def rates_of(runs: Sequence[Run]) -> tuple[str, list[Answer]]:
 def flattening_of(runs: Sequence[Run]) -> list[Answer]:
     """Returns the answers from the runs of `flattening`."""
 
-    def share(of: str, steps: int) -> list[float]:
+    def share(of: str, steps: int, first: int = 0) -> list[float]:
         """The share of singular values near 1, over all points of a run."""
-        return [
-            statistics.mean(point[of][steps] for point in run["points"]) for run in runs
-        ]
+        points = [run["points"][first:] for run in runs]
+        return [statistics.mean(point[of][steps] for point in each) for each in points]
 
     five, three = "Five Newton-Schulz steps flatten a spectrum", "Three nearly do"
     number = "share of singular values in [0.5, 1.5]"
+    later = "momentum, from the first update on"
     return [
         judge(five, f"{number}, momentum", share("momentum", 5), low=0.9),
+        judge(five, f"the same, {later}", share("momentum", 5, 1), low=0.9),
         judge(five, "the same, gradient", share("gradient", 5), low=0.9),
         judge(three, f"{number}, momentum", share("momentum", 3), low=0.75),
+        judge(three, f"the same, {later}", share("momentum", 3, 1), low=0.75),
         judge(three, "the same, gradient", share("gradient", 3), low=0.75),
     ]
 

@@ -16,8 +16,11 @@ RUNGS = (
     *("sgd", "momentum", "adagrad", "rmsprop", "adam", "adamw", "sign_sgd", "lion"),
     *("muon", "shampoo", "soap", "muonh"),
 )
-# With Optax's own decay its path is that of Adam.
-SETTINGS = {"adamw": {"weight_decay": 0.1}}
+# With Optax's defaults, AdamW's path is that of Adam, and AdaGrad's that of SGD.
+SETTINGS = {
+    "adamw": {"weight_decay": 0.1},
+    "adagrad": {"initial_accumulator_value": 0.0},
+}
 STEPS, EVERY, SIZE = 120, 3, 24
 
 
