@@ -49,8 +49,9 @@ def chromium(*arguments: str) -> webdriver.Chrome:
             "chromedriver is not on the PATH: install it (Debian: chromium-driver)"
         )
     options = webdriver.ChromeOptions()
-    window = ("--headless=new", "--no-sandbox", "--window-size=1200,900")
-    for argument in (*window, *arguments):
+    window = ("--headless=new", "--window-size=1200,900")
+    container = ("--no-sandbox", "--disable-dev-shm-usage")  # where /dev/shm is small
+    for argument in (*window, *container, *arguments):
         options.add_argument(argument)
     logs = {"browser": "ALL", "performance": "ALL"}
     options.set_capability("goog:loggingPrefs", logs)
