@@ -212,6 +212,9 @@ def test_the_numbers_of_the_tour_are_those_of_the_raw_results():
             f"0.9 ended {b2[0.9] - b2[0.95]:.3f} higher",
             f"and 0.975 {b2[0.975] - b2[0.95]:.3f}",
         ],
+        "04_signal": [
+            f"ended {gap('halley+neuron', 'entry+halley+neuron', polar)} higher",
+        ],
         "05_adamw": [
             f"{decays[0.05]:.3f}, {decays[0.1]:.3f} and {decays[0.2]:.3f} with decays",
             f"was {-against.mean:.3f} ± {against.half_width:.3f} below Muon",

@@ -42,7 +42,7 @@ def halley_muon(
       W \leftarrow (1 - \eta\lambda) W - \eta \, \rho \sqrt{mn} \; D / \|D\|_F.
 
     One step costs 2.2 (square matrices) to 2.4 products :math:`X X^\top`, five
-    Newton-Schulz steps up to 15. benchmarks/README.md compares the losses.
+    Newton-Schulz steps up to 15. docs/convergence.md compares the losses.
 
     Args:
       learning_rate: :math:`\eta`, not negative, or a schedule; with ``rms=0.2``,
