@@ -117,6 +117,14 @@ def test_the_tables_of_the_docs_are_those_of_the_raw_results():
     for name in ("methods-250", "tiny-1000"):
         assert report.table(read(results / f"convergence_{name}.jsonl")) in page
     assert report.headlines(runs) in (ROOT / "README.md").read_text()
+    tour = json.loads((results / "tour_2026-11-29.json").read_text())
+    medians = [found["median"] for found in tour["ms"].values()]
+    slowest = max(found["95 %"] for found in tour["ms"].values())
+    said = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
+    assert f"takes {min(medians)} to {max(medians)} ms" in said
+    assert f"take less than {slowest:.1f} ms" in said
+    assert f"scripts have {tour['scripts'] / 1e3:.1f} kB" in said
+    assert f"largest page {max(tour['pages'].values()) / 1e3:.1f} kB" in said
     runs = read(results / "convergence_dynamics.jsonl")
     assert claims_report.table(claims_report.dynamics_of(runs)) in page
     runs = read(results / "convergence_flattening.jsonl")
@@ -219,6 +227,7 @@ def test_the_numbers_of_the_tour_are_those_of_the_raw_results():
             f"{decays[0.05]:.3f}, {decays[0.1]:.3f} and {decays[0.2]:.3f} with decays",
             f"was {-against.mean:.3f} ± {against.half_width:.3f} below Muon",
         ],
+        "06_signs": [f"ended [{gap('adamuon')} above Muon]"],
         "07_lion": [f"Lion ended {gap('lion', 'adamw')} above AdamW"],
         "08_scales": [f"hold {100 * np.mean(top):.0f} %"],
         "09_curvature": [
