@@ -4,7 +4,7 @@
 // browser calls them when a control moves, and the build calls them for the figure that
 // is shown without JavaScript. They draw numbers that Python computed; see tour/widgets.
 const Tour = (() => {
-  const { format, rect, label, dot, line, ellipse, clipped, frame, fill, stroke, legend, svg } = Svg;
+  const { format, rect, label, dot, line, squares, ellipse, clipped, frame, fill, stroke, legend, svg } = Svg;
 
   // Returns the place of a state in the results of the data: its choices, in order.
   const key = (state, data, by = null) =>
@@ -129,13 +129,18 @@ const Tour = (() => {
       body += label(left + side / 2, top - 6, data.series[i], "middle", "strong");
       const size = side / entries.length;
       const largest = Math.max(...entries.flat().map(Math.abs)) || 1;
+      // One shape for all cells of a sign and a strength, because many shapes are slow.
+      const cells = {};
       entries.forEach((row, r) => {
         row.forEach((value, c) => {
-          const opacity = (Math.abs(value) / largest).toFixed(2);
-          const kind = value < 0 ? "minus" : "plus";
-          body += rect(left + c * size, top + r * size, size, size, kind, { opacity });
+          const kind = `${value < 0 ? "minus" : "plus"} ${Math.round((10 * Math.abs(value)) / largest)}`;
+          (cells[kind] ||= []).push([left + c * size, top + r * size]);
         });
       });
+      for (const [kind, corners] of Object.entries(cells)) {
+        const [sign, tenths] = kind.split(" ");
+        body += squares(corners, size, sign, tenths / 10);
+      }
       body += rect(left, top, side, side, "frame");
       body += label(left + side / 2, top + side + 15, note);
     });

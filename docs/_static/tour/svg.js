@@ -25,8 +25,8 @@ const Svg = (() => {
 
   const shape = (tag, values) => `<${tag}${attributes(values)}/>`;
 
-  const rect = (x, y, width, height, kind, more = {}) =>
-    shape("rect", { class: kind, x: round(x), y: round(y), width: round(width), height: round(height), ...more });
+  const rect = (x, y, width, height, kind) =>
+    shape("rect", { class: kind, x: round(x), y: round(y), width: round(width), height: round(height) });
 
   const label = (x, y, text, anchor = "middle", kind = "") => {
     const values = { class: kind, x: round(x), y: round(y), "text-anchor": anchor };
@@ -39,6 +39,12 @@ const Svg = (() => {
   const line = (points, kind) => {
     const text = points.map(([x, y], i) => `${i ? "L" : "M"}${round(x)} ${round(y)}`);
     return points.length ? shape("path", { class: kind, d: text.join("") }) : "";
+  };
+
+  const squares = (corners, size, kind, opacity) => {
+    const side = round(size);
+    const text = corners.map(([x, y]) => `M${round(x)} ${round(y)}h${side}v${side}h${-side}z`);
+    return shape("path", { class: kind, opacity, d: text.join("") });
   };
 
   const ellipse = (x, y, rx, ry, kind) =>
@@ -114,5 +120,5 @@ const Svg = (() => {
     return `<svg${attributes(values)}>${body}</svg>`;
   };
 
-  return { format, rect, label, dot, line, ellipse, clipped, frame, fill, stroke, legend, svg };
+  return { format, rect, label, dot, line, squares, ellipse, clipped, frame, fill, stroke, legend, svg };
 })();
