@@ -335,6 +335,8 @@ def test_without_scripts_there_is_a_figure(browser, page):
                 assert shape.value_of_css_property("stroke") != "none"
             for text in figure.find_elements("css selector", "text")[:3]:
                 assert text.is_displayed()
+            # A line of a caption that begins with a number and a dot is a list.
+            assert not figure.find_elements("css selector", "figcaption ol")
     finally:
         off = {"value": False}
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", off)
