@@ -282,6 +282,10 @@ def test_transfer_is_the_movement_of_the_best_rate():
     assert found["octaves from 1 to 8, muon_rms"].answer == "undecided"
     assert "| adamw | 0.006 | 0.0042 | 0.003 | 0.0021 | 0.006 |" in text
     assert "| lower |" in text
+    # The smallest model is the one that is not named.
+    smallest = claims_report.losses_at(runs, arm="adamw")
+    assert smallest == claims_report.losses_at(runs, arm="adamw", width=64, layers=1)
+    assert [len(losses) for losses in smallest.values()] == [3] * 5
     # Half an octave to either side is as good; the loss is 1 - 0.002 times the seed.
     assert "| adamw | 0.006 | best too | +0.996 ± 0.005 | +" in text
     assert "| muonh | 0.1 | best too | best too | best too | best too |" in text
