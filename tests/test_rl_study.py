@@ -11,14 +11,14 @@ from benchmarks.rl import report, study
 from examples.rl import task
 
 
-def finished(job, *, right=0.7, entropy=0.1, peak=1.5, lead=50, late=0.0, last=150):
+def finished(job, *, right=0.7, entropy=0.1, peak=1.5, lead=40, late=0.0, last=90):
     """A run with known measures; every kind gains half at a known step."""
     noise = 1e-3 * job["seed"]
     blocks = job["steps"] // 10
 
     def by_kind(step):
         def share(kind):
-            half = 50 if kind.startswith("par") else 50 + lead
+            half = 20 if kind.startswith("par") else 20 + lead
             return 0.2 + 0.6 * min(1.0, step / (2 * half))
 
         return {kind: share(kind) for kind in task.KINDS}
@@ -26,11 +26,11 @@ def finished(job, *, right=0.7, entropy=0.1, peak=1.5, lead=50, late=0.0, last=1
     def score(share, step=job["steps"]):
         return {"all": share, "by_kind": by_kind(step), "nonsense": 0.1 - share / 10}
 
-    steps = range(0, job["steps"] + 1, 25)
+    steps = range(0, job["steps"] + 1, 5)
     validation = [
         {
             **{"step": s, "by_kind": by_kind(s)},
-            "all": 0.4 + 0.3 * min(1, s / last) + (late + noise) * (s > 450),
+            "all": 0.4 + 0.3 * min(1, s / last) + (late + noise) * (s > 200),
         }
         for s in steps
     ]
@@ -58,7 +58,7 @@ KNOWN = {
     "adam": {"right": 0.7, "lead": 20},
     "muon": {"right": 0.65, "entropy": 0.3, "peak": 3.0},
     "adamuon": {"peak": 2.0},
-    "hopper": {"right": 0.75, "lead": 50, "last": 50},
+    "hopper": {"right": 0.75, "lead": 40, "last": 30},
     "hopper, then adam": {"right": 0.72},
     "raw, 1 step": {"right": 0.71},
     "raw, 5 steps": {"right": 0.6, "lead": 0},
@@ -110,15 +110,14 @@ def test_every_arm_has_the_same_number_of_rates_and_seeds():
     one = next(job for job in finals if job["arm"] == "raw, 1 step")
     config = study.config_of(one)
     assert config.settings == {"orthogonalize": {"steps": 1}, **study.RAW}
-    assert (config.steps, config.eval_every) == (200, 25)
+    assert (config.steps, config.eval_every, config.rounds) == (120, 5, 1)
     four = study.jobs_of("rates", 4, [])
-    assert len(four) == 36 and {job["steps"] for job in four} == {100}
-    assert study.config_of(four[0]).eval_every == 10
+    assert len(four) == 36 and {job["steps"] for job in four} == {60}
     with pytest.raises(ValueError, match="`long` is for 1 epoch, got 4"):
         study.jobs_of("long", 4, [{**job, "loss": 0.3} for job in four])
     long = study.jobs_of("long", 1, runs)
     assert {(job["arm"], job["steps"]) for job in long} == {
-        (arm, 600) for arm in study.LONG_ARMS
+        (arm, 360) for arm in study.LONG_ARMS
     }
 
 
@@ -148,8 +147,8 @@ def test_answers_are_those_of_known_runs(tmp_path):
     np.testing.assert_allclose(measured[2], 1.5, rtol=1e-6)
     np.testing.assert_allclose(measured[4:7], [-0.2, -0.15, -0.25], rtol=1e-6)
     np.testing.assert_allclose(measured[11], 0.11, rtol=1e-6)
-    np.testing.assert_allclose(measured[13], 50 / 150, rtol=1e-2)
-    np.testing.assert_allclose(measured[14:17], [50, 20, 30], rtol=1e-6)
+    np.testing.assert_allclose(measured[13], 30 / 90, rtol=1e-2)
+    np.testing.assert_allclose(measured[14:17], [40, 20, 20], rtol=1e-6)
     np.testing.assert_allclose(measured[17:20], [-0.047] * 3, rtol=0.02)
     np.testing.assert_allclose(measured[20], -0.03, rtol=1e-6)
     with pytest.raises(ValueError, match="continue the study until"):

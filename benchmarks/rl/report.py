@@ -45,7 +45,7 @@ def verbs(run: Job) -> float:
 
 
 def decline(run: Job) -> float:
-    """What validation loses after the usual length of a run, by its last 100 steps.
+    """What validation loses after the usual length of a run, by its last 60 steps.
 
     Neither end is chosen by its accuracy: a best step is lucky, and so higher than what
     follows it, in any run.
@@ -55,7 +55,7 @@ def decline(run: Job) -> float:
         points = [p for p in run["validation"] if low <= p["step"] <= high]
         return statistics.mean(point["all"] for point in points)
 
-    return around(LONG - 100, LONG) - around(STEPS - 50, STEPS + 50)
+    return around(LONG - 60, LONG) - around(STEPS - 30, STEPS + 30)
 
 
 def at_end(name: str) -> Measure:
@@ -164,7 +164,7 @@ def answers_of(runs: Sequence[Job]) -> list[Answer]:
     calm, one = "Variance calms Muon", "One Newton-Schulz step beats five"
     smooth, order = "SGD is smooth but last", "Parallel problems before arithmetic"
     late, right = "Training declines late", "share of right test problems"
-    change = f"validation, last 100 of {LONG} steps less around step {STEPS}"
+    change = f"validation, last 60 of {LONG} steps less around step {STEPS}"
     above, below = {"low": 0.0}, {"high": 0.0}
     return [
         judge(
