@@ -68,7 +68,7 @@ def spike(run: Job, relative: bool = False) -> float:
 
     It is in nats or, if it is relative, in multiples of that mean, which sampling noise
     makes larger where the KL is small. It is estimated by k1, because one unlikely
-    token can be most of k3. The first quarter is left out, in which the KL grows from 0.
+    token can be most of k3. The first quarter is left out, in which the KL rises.
     """
     found = run["measures"]["kl_k1"]
     pairs = list(zip(found["max"], found["mean"], strict=True))
