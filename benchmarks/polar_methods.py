@@ -112,7 +112,7 @@ def recorded() -> dict[str, Any]:
                     sigma = np.linalg.svd(ahead, compute_uv=False)
                     sigma = sigma / np.sum(sigma**4) ** 0.25
                     found[kind].append([float(f"{s:.4g}") for s in sigma])
-        state, _ = step(state, batch)
+        state, *_ = step(state, batch)
     command = "python -m benchmarks.polar_methods --record SPECTRA.json"
     about = {"command": command, "config": dataclasses.asdict(config), "steps": STEPS}
     return {**record.environment(), **about, "singular_values": found}

@@ -44,7 +44,7 @@ class Trial:
         given = [self.windows.train(self.count + i) for i in range(steps)]
         begin = time.perf_counter()
         for windows in given:
-            self.state, _ = self._step(self.state, windows)
+            self.state, *_ = self._step(self.state, windows)
         jax.block_until_ready(self.state)
         self.count += steps
         return time.perf_counter() - begin

@@ -29,6 +29,7 @@ from examples.nanogpt import (
     plot,
     processes,
     record,
+    sharding,
     train,
 )
 
@@ -191,7 +192,7 @@ def test_optimizers_train_the_model(name, small_step):
     state = jax.tree.map(jnp.copy, train.State(params, optimizer.init(params)))
     values = []
     for _ in range(4):
-        state, loss = step(state, windows)
+        state, loss, _ = step(state, windows)
         values.append(float(loss))
     assert values[-1] < values[0]
     assert record.digest(state.params) != record.digest(params)
@@ -225,13 +226,14 @@ def test_accumulation_equals_the_large_batch():
 def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch, capsys):
     config = dataclasses.replace(SMALL, steps=6, quiet=False)
     poison = data.load(config.data).train.batch(config.seed, 3, 8, config.context)
-    loss_fn = train.loss_fn
+    both = train.loss_and_max_logits
 
     def poisoned(params, graph, windows):
+        loss, logits = both(params, graph, windows)
         hit = jnp.all(windows == jnp.asarray(poison))
-        return loss_fn(params, graph, windows) * jnp.where(hit, jnp.nan, 1.0)
+        return loss * jnp.where(hit, jnp.nan, 1.0), logits
 
-    monkeypatch.setattr(train, "loss_fn", poisoned)
+    monkeypatch.setattr(train, "loss_and_max_logits", poisoned)
     result = train.train(config)
     assert result["skipped"] == 1
     found = losses(result)
@@ -246,7 +248,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch, capsys):
     optimizer = train.make_optimizer(configs.resolve(config))
     state = train.State(params, optimizer.init(params))
     before = record.digest(params), record.digest(state.optimizer.inner_state)  # type: ignore
-    state, loss = train.make_step(graph, optimizer)(state, jnp.asarray(poison)[None])
+    step = train.make_step(graph, optimizer)
+    state, loss, _ = step(state, jnp.asarray(poison)[None])
     assert jnp.isnan(loss)
     after = record.digest(state.params), record.digest(state.optimizer.inner_state)
     assert before == after
@@ -269,10 +272,48 @@ def test_clipping_bounds_the_raw_gradient(small_step):
     config = dataclasses.replace(SMALL, optimizer="sgd", lr=1.0, clip=0.25, cooldown=0)
     optimizer = train.make_optimizer(config)
     state = jax.tree.map(jnp.copy, train.State(params, optimizer.init(params)))
-    state, _ = train.make_step(graph, optimizer)(state, windows)
+    state, *_ = train.make_step(graph, optimizer)(state, windows)
     moved = jax.tree.map(jnp.subtract, state.params, params)
     norm = math.sqrt(sum(float(jnp.vdot(x, x)) for x in jax.tree.leaves(moved)))
     assert norm == pytest.approx(0.25, rel=1e-4)
+
+
+def test_the_largest_attention_logits_are_those_of_each_head():
+    config = dataclasses.replace(SMALL, qk_norm=0)
+    mesh = sharding.make_mesh("", "auto", jax.devices()[:1])
+    graph, _, state = train.initial(config, 256, mesh)
+    windows = data.load(config.data).train.batch(0, 0, 2, config.context)
+    _, found = train.loss_and_max_logits(state.params, graph, jnp.asarray(windows))
+    assert list(found) == ["blocks/0/attn"]
+
+    gpt = nnx.merge(graph, state.params)
+    block = gpt.blocks[0]
+    x = block.norm1(gpt.norm1(gpt.embed(windows[:, :-1])))
+    q, k, _ = (np.asarray(part, np.float64) for part in block.attn.heads(x))
+    logits = np.einsum("bthk,bshk->bhts", q, k) / np.sqrt(config.head_dim)
+    later = np.triu_indices(config.context, 1)
+    logits[:, :, *later] = -np.inf
+    np.testing.assert_allclose(found["blocks/0/attn"], logits.max((0, 2, 3)), rtol=1e-5)
+    # Normalized queries and keys have no such logits to watch.
+    graph, params = nnx.split(small_model())
+    assert train.loss_and_max_logits(params, graph, jnp.asarray(windows))[1] == {}
+
+
+def test_qk_clip_bounds_the_attention_logits():
+    # At this rate, they grow from step to step.
+    config = dataclasses.replace(
+        SMALL, steps=8, lr=0.3, qk_norm=0, batch_size=16, sample=5
+    )
+
+    def largest(**fields):
+        records = train.train(dataclasses.replace(config, **fields))["records"]
+        return [r["max_logit"] for r in records if r["kind"] == "train"]
+
+    free, bounded, in_two = largest(), largest(qk_clip=1.0), largest(accumulate=2)
+    assert free[-1] > 4 and max(bounded[2:]) < free[-1] / 2
+    assert free[0] == bounded[0]
+    # The largest of all micro-batches.
+    np.testing.assert_allclose(free[:4], in_two[:4], rtol=1e-3)
 
 
 def test_train_runs_outside_the_main_thread_and_leaves_signals_alone():

@@ -4,7 +4,9 @@ import dataclasses
 import pydoc
 import shutil
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -40,7 +42,7 @@ def run(mesh, config=SMALL):
     for i in range(config.steps):
         rows = dataset.train.batch(0, i, config.batch_size, config.context)
         rows = rows.reshape(config.accumulate, -1, config.context + 1)
-        state, loss = step(state, sharding.place_batch(rows, mesh))
+        state, loss, _ = step(state, sharding.place_batch(rows, mesh))
         losses.append(float(loss))
     return losses, state
 
@@ -214,3 +216,19 @@ def test_a_mesh_that_cannot_be_is_named(change, message):
 def test_processes_are_named_together():
     with pytest.raises(ValueError, match="given together and with `distributed`"):
         configs.resolve(dataclasses.replace(SMALL, coordinator="localhost:1234"))
+
+
+@pytest.mark.parametrize("axes", ["auto", "explicit"])
+def test_the_largest_attention_logits_are_those_of_all_devices(axes):
+    mesh = sharding.make_mesh("data=4,tensor=2", axes)
+    config = dataclasses.replace(SMALL, qk_norm=0)
+    graph, _, state = train.initial(config, 256, mesh)
+    rows = data.load(config.data).train.batch(0, 0, 8, config.context)
+    found = jax.jit(
+        lambda params, w: sharding.spread(train.loss_and_max_logits, mesh)(
+            params, graph, w
+        )
+    )(state.params, sharding.place_batch(rows, mesh))
+    params = sharding.fetch(state.params, mesh)
+    alone = train.loss_and_max_logits(params, graph, jnp.asarray(rows))
+    chex.assert_trees_all_close(jax.device_get(found), alone, rtol=1e-5)

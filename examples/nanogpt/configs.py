@@ -65,6 +65,9 @@ class Config:
     width: int = flag(128, "channels of the residual stream")
     head_dim: int = flag(32, "channels per attention head; heads = width / head_dim")
     context: int = flag(128, "context length in tokens")
+    qk_norm: int = flag(
+        1, "1: queries and keys are normalized, which bounds attention logits; 0: not"
+    )
     dtype: str = flag(
         "auto",
         "dtype of matrix products: float32, bfloat16, or auto = bfloat16 on a GPU or "
@@ -114,6 +117,11 @@ class Config:
     )
     clip: float = flag(
         0.0, "maximum global norm of the raw gradient; 0 disables clipping"
+    )
+    qk_clip: float = flag(
+        0.0,
+        "largest attention logit, above which `qk_clip` shrinks the projections of a "
+        "head; 0 disables it",
     )
     seed: int = flag(0, "seed of the initial parameters and of the order of the data")
     # Devices
@@ -172,7 +180,7 @@ POSITIVE = (
     "temperature",
 )
 NOT_NEGATIVE = (
-    *("lr", "aux_lr", "warmup", "cooldown", "clip", "seed", "sample"),
+    *("lr", "aux_lr", "warmup", "cooldown", "clip", "qk_clip", "seed", "sample"),
     "checkpoint_every",
 )
 
@@ -248,6 +256,13 @@ def resolve(config: Config) -> Config:
         raise ValueError(
             f"`cooldown` must be a fraction of the steps, from 0 to 1, got "
             f"{config.cooldown}"
+        )
+    if config.qk_norm not in (0, 1):
+        raise ValueError(f"`qk_norm` must be 0 or 1, got {config.qk_norm}")
+    if config.qk_clip and config.qk_norm:
+        raise ValueError(
+            "`qk_clip` has no effect on the logits of normalized queries and keys: add "
+            f"`--qk-norm 0`, or leave out `--qk-clip {config.qk_clip:g}`"
         )
     if config.sample and not config.prompt:
         raise ValueError("`prompt` must not be empty if `sample` is positive")

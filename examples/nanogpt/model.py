@@ -47,15 +47,28 @@ def rotary(x: jax.Array, first: jax.Array | int = 0) -> jax.Array:
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
+class MaxLogits(nnx.Intermediate):
+    """The largest attention logit of each head (H,), over batch and positions."""
+
+
 class Attention(nnx.Module):
-    def __init__(self, width, head_dim, layers, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        head_dim: int,
+        layers: int,
+        *,
+        qk_norm: bool,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
         def linear(scale: float = 1.0) -> nnx.Linear:
             init = _normal(scale)
             return nnx.Linear(
                 width, width, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs
             )
 
-        self.head_dim = head_dim
+        self.head_dim, self.qk_norm = head_dim, qk_norm
         self.q, self.k, self.v = linear(), linear(), linear()
         self.o = linear((2 * layers) ** -0.5)
         # Without gains, which would change the norm of queries and keys.
@@ -65,18 +78,39 @@ class Attention(nnx.Module):
         """Returns q, k and v (B, T, H, K) of inputs whose first position is `first`."""
         shape = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (f(x).reshape(shape) for f in (self.q, self.k, self.v))
-        return [rotary(self.unit(q), first), rotary(self.unit(k), first), v]
+        if self.qk_norm:
+            q, k = self.unit(q), self.unit(k)
+        return [rotary(q, first), rotary(k, first), v]
+
+    @property
+    def scale(self) -> float:
+        """What the product of a query and a key is multiplied by."""
+        if self.qk_norm:
+            return MAX_ATTENTION_LOGIT / self.head_dim
+        return self.head_dim**-0.5
 
     def attend(self, q, k, v, mask: jax.Array | None = None) -> jax.Array:
         """Returns the outputs (B, T, D); without a mask, attention is causal."""
-        scale, causal = MAX_ATTENTION_LOGIT / self.head_dim, mask is None
         y = jax.nn.dot_product_attention(
-            q, k, v, mask=mask, scale=scale, is_causal=causal
+            q, k, v, mask=mask, scale=self.scale, is_causal=mask is None
         )
         return self.o(y.reshape(*y.shape[:2], -1))
 
     def __call__(self, x: jax.Array) -> jax.Array:  # (B, T, D)
-        return self.attend(*self.heads(x))
+        q, k, v = self.heads(x)
+        if not self.qk_norm:
+            self.largest = MaxLogits(self.max_logits(q, k))
+        return self.attend(q, k, v)
+
+    def max_logits(self, q: jax.Array, k: jax.Array) -> jax.Array:  # (H,)
+        """Returns the largest logit of each head, masked positions left out.
+
+        All logits are in memory for it: a fused kernel would return their maxima.
+        """
+        q, k = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (q, k))
+        logits = self.scale * jnp.einsum("bthk,bshk->bhts", q, k)
+        seen = jnp.tri(q.shape[1], dtype=bool)[None, None]
+        return jnp.max(logits, axis=(0, 2, 3), where=seen, initial=-jnp.inf)
 
 
 class MLP(nnx.Module):
@@ -100,9 +134,20 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, width, head_dim, layers, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        head_dim: int,
+        layers: int,
+        *,
+        qk_norm: bool,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
         self.norm1 = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
-        self.attn = Attention(width, head_dim, layers, dtype=dtype, rngs=rngs)
+        self.attn = Attention(
+            width, head_dim, layers, qk_norm=qk_norm, dtype=dtype, rngs=rngs
+        )
         self.norm2 = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
         self.mlp = MLP(width, layers, dtype=dtype, rngs=rngs)
 
@@ -112,7 +157,11 @@ class Block(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """A GPT with float32 parameters; `dtype` is the dtype of matrix products."""
+    """A GPT with float32 parameters; `dtype` is the dtype of matrix products.
+
+    Without `qk_norm`, queries and keys are not normalized, nothing bounds attention
+    logits, and each call stores the largest ones as `MaxLogits`.
+    """
 
     def __init__(
         self,
@@ -121,6 +170,7 @@ class GPT(nnx.Module):
         width: int,
         head_dim: int,
         *,
+        qk_norm: bool = True,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -135,7 +185,7 @@ class GPT(nnx.Module):
         )
         self.norm1 = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List(
-            Block(width, head_dim, layers, dtype=dtype, rngs=rngs)
+            Block(width, head_dim, layers, qk_norm=qk_norm, dtype=dtype, rngs=rngs)
             for _ in range(layers)
         )
         self.norm2 = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
@@ -172,10 +222,13 @@ def generate(
     """
     prompt = prompt[-context:]
     window = jnp.zeros((context,), jnp.int32).at[: len(prompt)].set(prompt)
+    graph, params = nnx.split(model)
 
     def one_more(carry, key):
         window, length = carry
-        logits = model(window[None])[0, length - 1]  # later positions are masked
+        # A new model, because a call may store something in it.
+        gpt = nnx.merge(graph, params)
+        logits = gpt(window[None])[0, length - 1]  # later positions are masked
         token = jax.random.categorical(key, logits / temperature).astype(jnp.int32)
         full = length == context
         window = jnp.where(full, jnp.roll(window, -1), window)

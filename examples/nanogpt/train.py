@@ -82,8 +82,17 @@ def make_optimizer(
     optimizer = om.make_optimizer(config.optimizer, rate, **settings)
     if config.clip:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
+    if config.qk_clip:
+        optimizer = optax.chain(optimizer, om.qk_clip(heads_of, config.qk_clip))
     never = np.iinfo(np.int32).max
     return optax.apply_if_finite(optimizer, max_consecutive_errors=never)  # type: ignore
+
+
+def heads_of(path: str, leaf: Any) -> om.QKHeads | None:
+    """Says which parameters share in the attention logits, for `qk_clip`."""
+    del leaf
+    layer, _, projection = path.removesuffix("/kernel").rpartition("/")
+    return om.QKHeads(layer, axes=1) if projection in ("q", "k") else None
 
 
 def check_ownership(table: Any, params: nnx.State) -> int:
@@ -106,7 +115,8 @@ def initial(
     dtype = jnp.dtype(configs.compute_dtype(config))
 
     def make_model() -> model.GPT:
-        return model.GPT(*sizes, dtype=dtype, rngs=nnx.Rngs(config.seed))
+        rngs, normed = nnx.Rngs(config.seed), bool(config.qk_norm)
+        return model.GPT(*sizes, qk_norm=normed, dtype=dtype, rngs=rngs)
 
     graph, shapes = nnx.split(nnx.eval_shape(make_model))
     stored = sharding.shardings(shapes, mesh)
@@ -124,9 +134,19 @@ def initial(
 
 def loss_fn(params: nnx.State, graph: nnx.GraphDef, windows: jax.Array) -> jax.Array:
     """Returns the mean cross-entropy of windows (B, T + 1) in nats per token."""
-    logits = nnx.merge(graph, params)(windows[:, :-1])  # (B, T, V)
+    return loss_and_max_logits(params, graph, windows)[0]
+
+
+def loss_and_max_logits(
+    params: nnx.State, graph: nnx.GraphDef, windows: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the loss, and by layer the largest attention logits, if it has them."""
+    gpt = nnx.merge(graph, params)
+    logits = gpt(windows[:, :-1])  # (B, T, V)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
-    return jnp.mean(losses)
+    stored = nnx.to_flat_state(nnx.pop(gpt, model.MaxLogits))
+    names = {"/".join(map(str, path[:-1])): found for path, found in stored}
+    return jnp.mean(losses), {name: found[...] for name, found in names.items()}
 
 
 def make_step(
@@ -135,7 +155,10 @@ def make_step(
     mesh: jax.sharding.Mesh | None = None,
     like: State | None = None,
 ) -> jax.stages.Wrapped:
-    """Returns a compiled step from state and windows (A, B, T + 1) to state and loss.
+    """Returns a compiled step from state and windows (A, B, T + 1).
+
+    It returns the state, the loss, and by layer the largest attention logit of each
+    head, if the model has no bound on them.
 
     Args:
       graph: The model without its parameters.
@@ -143,25 +166,32 @@ def make_step(
       mesh: Mesh of the state and the windows; None: a single device.
       like: A state with the shardings of the result.
     """
-    on_mesh = sharding.spread(loss_fn, mesh)
+    on_mesh = sharding.spread(loss_and_max_logits, mesh)
+    optimizer = optax.with_extra_args_support(optimizer)
 
-    def step(state: State, windows: jax.Array) -> tuple[State, jax.Array]:
+    def step(state: State, windows: jax.Array):
         def add_micro_batch(total, micro_batch):  # (B, T + 1)
-            found = jax.value_and_grad(on_mesh)(state.params, graph, micro_batch)
-            return jax.tree.map(jnp.add, total, found), None
+            (loss, logits), grads = jax.value_and_grad(on_mesh, has_aux=True)(
+                state.params, graph, micro_batch
+            )
+            return jax.tree.map(jnp.add, total, (loss, grads)), logits
 
         count = windows.shape[0]  # number of micro-batches
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
         if count == 1:
-            total, _ = add_micro_batch(zero, windows[0])
+            total, logits = add_micro_batch(zero, windows[0])
         else:
-            total, _ = jax.lax.scan(add_micro_batch, zero, windows)
+            total, logits = jax.lax.scan(add_micro_batch, zero, windows)
+            logits = jax.tree.map(lambda x: x.max(0), logits)
         loss, grads = jax.tree.map(lambda x: x / count, total)
-        updates, inner = optimizer.update(grads, state.optimizer, state.params)
-        return State(optax.apply_updates(state.params, updates), inner), loss  # type: ignore
+        updates, inner = optimizer.update(
+            grads, state.optimizer, state.params, max_logits=logits
+        )
+        params = optax.apply_updates(state.params, updates)
+        return State(params, inner), loss, logits  # type: ignore
 
     stored = like and jax.tree.map(lambda leaf: leaf.sharding, like)
-    return jax.jit(step, donate_argnums=0, out_shardings=(stored, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(stored, None, None))
 
 
 # --------------------------------------------------------------------- the run
@@ -250,7 +280,7 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
         tqdm(total=config.steps, initial=start, disable=quiet) as bar,
     ):
         for done in range(start + 1, config.steps + 1):
-            state, loss = step_fn(state, windows.train(done - 1))
+            state, loss, logits = step_fn(state, windows.train(done - 1))
             bar.update()
             end, report = done == config.steps, done % config.log_every == 0
             if report or jax.process_count() == 1:
@@ -267,6 +297,9 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
             if skipped > before:
                 say(f"step {done}: {skipped} steps skipped with non-finite gradients")
             om.diagnostics.check_refreshes(state.optimizer)
+            bounds = {}
+            if logits:
+                bounds = {"max_logit": max(float(x.max()) for x in logits.values())}
             log.add(
                 "train",
                 step=done,
@@ -275,6 +308,7 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
                 skipped=skipped,
                 tokens=done * tokens_per_step,
                 tokens_per_second=round(speed),
+                **bounds,
             )
             bar.set_postfix_str(f"loss {value:.4f}, {speed:,.0f} tokens/s")
             if validate:
