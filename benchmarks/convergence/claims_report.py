@@ -44,7 +44,7 @@ def judge(
     """Answers whether a number lies in a range, given its values for several seeds."""
     mean, half = interval(values, CONFIDENCE)
     answer = "undecided"
-    if low <= mean - half and mean + half <= high:
+    if low < mean - half and mean + half < high:
         answer = "yes"
     elif mean + half < low or mean - half > high:
         answer = "no"

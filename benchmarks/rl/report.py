@@ -9,6 +9,7 @@ which have the same base, prompts and keys.
 """
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,12 +19,13 @@ from matplotlib.figure import Figure
 from benchmarks.convergence.claims_report import Answer, judge, table
 from benchmarks.convergence.evidence import difference, steps_to
 from benchmarks.jobs import Job, read
-from benchmarks.rl.study import LONG, LONG_ARMS, STEPS, best_rates
-from examples.rl.task import KINDS
+from benchmarks.rl.study import LONG, LONG_ARMS, SETTINGS, best_rates
 
 RULE = {"confidence": 0.95, "margin": 0.01}
 ARITHMETIC, PARALLEL = ("sum", "age", "two"), ("par_easy", "par_hard")
+LEARNED = 0.75  # between a half, with or without the habit, and 1
 Measure = Callable[[Job], float]
+Comparison = Callable[[Job, Job], float]
 
 
 # -------------------------------------------------------------------- measures
@@ -35,7 +37,7 @@ def accuracy(run: Job) -> float:
 
 
 def nonsense(run: Job) -> float:
-    """The share of test problems that the best policy answers with nonsense."""
+    """The share of nonsense: answers with a wrong equation, or without a number."""
     return run["best"]["nonsense"]
 
 
@@ -44,38 +46,34 @@ def verbs(run: Job) -> float:
     return sum(share > 0.5 for share in run["best"]["by_verb"].values())
 
 
-def decline(run: Job) -> float:
-    """What validation loses after the usual length of a run, by its last 60 steps.
-
-    Neither end is chosen by its accuracy: a best step is lucky, and so higher than what
-    follows it, in any run.
-    """
-
-    def around(low: int, high: int) -> float:
-        points = [p for p in run["validation"] if low <= p["step"] <= high]
-        return statistics.mean(point["all"] for point in points)
-
-    return around(LONG - 60, LONG) - around(STEPS - 30, STEPS + 30)
-
-
 def at_end(name: str) -> Measure:
     """The mean of a measure over the last twenty steps."""
-    return lambda run: statistics.mean(run["measures"][name]["mean"][-2:])
+    return lambda run: statistics.mean(run["measures"][name][-20:])
 
 
-def spike(run: Job, relative: bool = False) -> float:
-    """How far one step's KL is above the mean of its block of ten steps, at most.
+def all_kinds(point: Job) -> float:
+    """The share of right validation problems."""
+    return point["all"]
 
-    It is in nats or, if it is relative, in multiples of that mean, which sampling noise
-    makes larger where the KL is small. It is estimated by k1, because one unlikely
-    token can be most of k3. The first quarter is left out, in which the KL rises.
+
+def arithmetic(point: Job) -> float:
+    """That of sums, ages and two-step problems."""
+    return statistics.mean(point["by_kind"][kind] for kind in ARITHMETIC)
+
+
+def parallelism(point: Job) -> float:
+    """How well parallel problems and their look-alikes are told apart.
+
+    It is a half for the habit, which is wrong in the former, and for its opposite.
     """
-    found = run["measures"]["kl_k1"]
-    pairs = list(zip(found["max"], found["mean"], strict=True))
-    return max(
-        (most - mean) / (max(mean, 1e-4) if relative else 1.0)
-        for most, mean in pairs[len(pairs) // 4 :]
-    )
+    parallel = statistics.mean(point["by_kind"][kind] for kind in PARALLEL)
+    return (parallel + point["by_kind"]["seq"]) / 2
+
+
+def between(run: Job, value: Measure, low: float, high: float) -> float:
+    """The mean of a value of the validation problems over some steps."""
+    points = [p for p in run["validation"] if low <= p["step"] <= high]
+    return statistics.mean(map(value, points))
 
 
 def reaches(run: Job, value: Measure, level: float) -> float:
@@ -88,48 +86,105 @@ def reaches(run: Job, value: Measure, level: float) -> float:
     return curve[-1][0] if step is None else step
 
 
-def half_gain(run: Job, kinds: Sequence[str]) -> float:
-    """The step at which kinds have made half of what they gain by the best step.
-
-    It is the last step if they gain less than 0.05.
-    """
-
-    def value(point: Job) -> float:
-        return statistics.mean(point["by_kind"][kind] for kind in kinds)
-
-    first, last = value(run["validation"][0]), max(map(value, run["validation"]))
-    if last - first < 0.05:
-        return run["validation"][-1]["step"]
-    return reaches(run, value, (first + last) / 2)
+def to_learn(run: Job) -> float:
+    """The step at which parallel problems are told apart."""
+    return reaches(run, parallelism, LEARNED)
 
 
-def to_half(run: Job) -> float:
-    """The step at which all problems have made half of what they gain."""
-    return half_gain(run, KINDS)
+def half_gain(run: Job, value: Measure) -> float:
+    """The step at which half of a gain is made; not a number if it is below 0.1."""
+    values = [value(point) for point in run["validation"]]
+    if max(values) - values[0] < 0.1:
+        return math.nan
+    return reaches(run, value, (values[0] + max(values)) / 2)
 
 
 def lead(run: Job) -> float:
     """By how many steps parallel problems are learned before arithmetic."""
-    return half_gain(run, ARITHMETIC) - half_gain(run, PARALLEL)
+    return half_gain(run, arithmetic) - half_gain(run, parallelism)
+
+
+def arithmetic_then(run: Job) -> float:
+    """The share of right arithmetic when parallel problems are told apart."""
+    step = to_learn(run)
+    return between(run, arithmetic, step - 10, step + 10)
+
+
+def time_to(run: Job, other: Job, share: float) -> float:
+    """The step at which a run has made a share of another one's gain."""
+    values = [point["all"] for point in other["validation"]]
+    level = values[0] + share * (max(values) - values[0])
+    return max(1.0, reaches(run, all_kinds, level))
+
+
+def spike(run: Job, other: Job) -> float:
+    """The largest jump of the KL that another run's has not, less that of the other.
+
+    Jumps are those of the logarithm of the ratio of both (k1, of the same prompts)
+    from its median over eleven steps, so that neither what the KL depends on in all
+    runs, nor its level, nor its slow growth count. The first quarter is left out.
+    """
+    pairs = zip(run["measures"]["kl_k1"], other["measures"]["kl_k1"], strict=True)
+    ratios = [math.log(max(a, 1e-3) / max(b, 1e-3)) for a, b in pairs]
+    jumps = [
+        ratio - statistics.median(ratios[max(0, i - 5) : i + 6])
+        for i, ratio in enumerate(ratios)
+    ]
+    jumps = jumps[len(jumps) // 4 :]
+    return max(jumps) + min(jumps)
+
+
+def excess(run: Job) -> float:
+    """The largest KL of a step above the median of eleven, in nats."""
+    found = run["measures"]["kl_k1"]
+    start = len(found) // 4
+    return max(
+        found[i] - statistics.median(found[i - 5 : i + 6])
+        for i in range(max(5, start), len(found))
+    )
 
 
 def matched_entropy(run: Job, other: Job) -> float:
-    """The entropy when samples are as often right as both runs reach.
+    """The entropy less that of another run, when both are as often right.
 
-    That is after 0.9 of the smaller gain, where both still learn.
+    That is after 0.9 of the smaller gain, by interpolated means of ten steps.
     """
-    right, entropy = (run["measures"][k]["mean"] for k in ("correct", "entropy"))
-    first = min(right[0], other["measures"]["correct"]["mean"][0])
-    end = min(at_end("correct")(run), at_end("correct")(other))
-    level = first + 0.9 * (end - first)
-    return next(e for r, e in zip(right, entropy, strict=True) if r >= level)
+
+    def means(of: Job, name: str) -> list[float]:
+        values = of["measures"][name]
+        return [statistics.mean(values[i : i + 10]) for i in range(0, len(values), 10)]
+
+    def at(of: Job) -> float:
+        right, entropy = means(of, "correct"), means(of, "entropy")
+        place = next(i for i, found in enumerate(right) if found >= level)
+        if place == 0:
+            return entropy[0]
+        part = (level - right[place - 1]) / (right[place] - right[place - 1])
+        return entropy[place - 1] + part * (entropy[place] - entropy[place - 1])
+
+    begin = min(means(each, "correct")[0] for each in (run, other))
+    end = min(max(means(each, "correct")) for each in (run, other))
+    if end - begin < 0.05:
+        return math.nan
+    level = begin + 0.9 * (end - begin)
+    return at(run) - at(other)
 
 
-def time_to(run: Job, adam: Job) -> float:
-    """The step at which a run has made 0.9 of Adam's gain on validation problems."""
-    values = [point["all"] for point in adam["validation"]]
-    level = values[0] + 0.9 * (max(values) - values[0])
-    return reaches(run, lambda point: point["all"], level)
+def late_change(run: Job, others: Sequence[Job]) -> float:
+    """What validation gains from the peak of an arm to the last 60 steps.
+
+    The peak is that of the mean of the other seeds, because the highest of a run's own
+    evaluations is lucky.
+    """
+    means = [
+        statistics.mean(point["all"] for point in points)
+        for points in zip(*(other["validation"] for other in others), strict=True)
+    ]
+    peak = others[0]["validation"][means.index(max(means))]["step"]
+    last = run["validation"][-1]["step"]
+    return between(run, all_kinds, last - 60, last) - between(
+        run, all_kinds, peak - 10, peak + 10
+    )
 
 
 # --------------------------------------------------------------------- answers
@@ -138,133 +193,129 @@ def time_to(run: Job, adam: Job) -> float:
 def answers_of(runs: Sequence[Job]) -> list[Answer]:
     """Returns the answers to the claims about Hopper."""
 
-    def of(arm: str, phase: str = "finals") -> dict[int, Job]:
+    def of(arm: str, phase: str = "finals") -> list[Job]:
         mine = [r for r in runs if (r["arm"], r["phase"]) == (arm, phase)]
-        return {run["seed"]: run for run in mine}
+        return sorted(mine, key=lambda run: run["seed"])
 
-    def pairs(first: str, second: str) -> list[tuple[Job, Job]]:
-        a, b = of(first), of(second)
-        if a.keys() != b.keys():
+    def pairs(first: str, second: str, phase: str = "finals") -> list[tuple[Job, Job]]:
+        a, b = of(first, phase), of(second, phase)
+        seeds = [[run["seed"] for run in each] for each in (a, b)]
+        if seeds[0] != seeds[1]:
             raise ValueError(
-                f"{first} has the seeds {sorted(a)} and {second} {sorted(b)}: continue "
+                f"{first} has the seeds {seeds[0]} and {second} {seeds[1]}: continue "
                 "the study until they are the same"
             )
-        return [(a[seed], b[seed]) for seed in sorted(a)]
+        return list(zip(a, b, strict=True))
 
-    def each(arm: str, measure: Measure, phase: str = "finals") -> list[float]:
-        return [measure(run) for run in of(arm, phase).values()]
+    def less(first: str, second: str, measure: Measure, **where: str) -> list[float]:
+        return [measure(a) - measure(b) for a, b in pairs(first, second, **where)]
 
-    def less(first: str, second: str, measure: Measure) -> list[float]:
-        return [measure(a) - measure(b) for a, b in pairs(first, second)]
+    def each_pair(first: str, second: str, compare: Comparison) -> list[float]:
+        return [compare(a, b) for a, b in pairs(first, second)]
 
-    matched = [
-        matched_entropy(a, b) - matched_entropy(b, a) for a, b in pairs("muon", "adam")
-    ]
-    speed = [
-        time_to(hopper, adam) / max(1.0, time_to(adam, adam))
-        for hopper, adam in pairs("hopper", "adam")
-    ]
-    floor, spikes = "Muon has an entropy floor", "Muon has KL spikes"
-    calm, one = "Variance calms Muon", "One Newton-Schulz step beats five"
-    smooth, order = "SGD is smooth but last", "Parallel problems before arithmetic"
-    late, right = "Training declines late", "share of right test problems"
-    change = f"validation, last 60 of {LONG} steps less around step {STEPS}"
+    answers: list[Answer] = []
+    claim = ""
+
+    def add(number: str, values: Sequence[float], **wanted: float) -> None:
+        if values:
+            answers.append(judge(claim, number, values, **wanted))
+
     above, below = {"low": 0.0}, {"high": 0.0}
-    return [
-        judge(
-            floor,
-            "entropy at the end, Muon less Adam",
-            less("muon", "adam", at_end("entropy")),
-            **above,
+    right, five = "right test problems", "hopper, 5 steps"
+    jump = "largest jump of the KL"
+
+    claim = "Muon has an entropy floor, which variance keeps and one step removes"
+    entropy = at_end("entropy")
+    add("entropy at the end, Muon less Adam", less("muon", "adam", entropy), **above)
+    found = each_pair("muon", "adam", matched_entropy)
+    add("the same when both are as often right", found, **above)
+    found = less("adamuon", "adam", entropy)
+    add("entropy at the end, AdaMuon less Adam", found, **above)
+    found = less("hopper", five, entropy)
+    add("the same, one step less five", found, **below)
+
+    claim = "Muon has KL spikes"
+    add(f"{jump}, Muon against Adam", each_pair("muon", "adam", spike), **above)
+    add("the same in nats", less("muon", "adam", excess), **above)
+
+    claim = "Variance calms Muon"
+    add(
+        f"{jump}, with variance against without",
+        each_pair(five, "muon", spike),
+        **below,
+    )
+    add("the same in nats", less(five, "muon", excess), **below)
+    add(f"{jump}, AdaMuon against Muon", each_pair("adamuon", "muon", spike), **below)
+
+    claim = "SGD is smooth and earns more than Muon in training, but is last in tests"
+    add(f"{jump}, SGD against Muon", each_pair("sgd", "muon", spike), **below)
+    found = less("sgd", "muon", at_end("correct"))
+    add("right samples at the end, SGD less Muon", found, **above)
+    for arm in ("adam", "muon", "hopper"):
+        add(f"{right}, SGD less {arm}", less("sgd", arm, accuracy), **below)
+
+    claim = "One Newton-Schulz step is better than five"
+    add(f"{right}, one less five", less("hopper", five, accuracy), **above)
+    add("share of nonsense, one less five", less("hopper", five, nonsense), **below)
+    add(f"{jump}, one against five", each_pair("hopper", five, spike), **below)
+
+    claim += ", at one learning rate without matched RMS"
+    raw = "raw, 1 step", "raw, 5 steps"
+    add(f"{right}, one less five", less(*raw, accuracy), **above)
+    found = each_pair(*raw, lambda a, b: time_to(a, b, 0.5) - time_to(b, b, 0.5))
+    add("steps to half of the gain of five, one less five", found, **below)
+    add(f"{jump}, one against five", each_pair(*raw, spike), **below)
+
+    claim = "Hopper learns about twice as fast as Adam"
+    limit = {"high": math.log2(0.6)}
+    found = each_pair(
+        "hopper",
+        "adam",
+        lambda a, b: math.log2(time_to(a, b, 0.9) / time_to(b, b, 0.9)),
+    )
+    add("octaves of the steps to 0.9 of Adam's gain, Hopper less Adam", found, **limit)
+    found = less("hopper", "adam", lambda run: math.log2(max(1.0, to_learn(run))))
+    add("octaves of the steps to parallelism, Hopper less Adam", found, **limit)
+    last = SETTINGS[runs[0]["epochs"]].steps
+    found = each_pair(
+        "hopper",
+        "adam",
+        lambda a, b: (
+            between(a, all_kinds, last / 2 - 10, last / 2)
+            - between(b, all_kinds, last - 10, last)
         ),
-        judge(
-            floor,
-            "the same when both are as often right",
-            matched,
-            **above,
-        ),
-        judge(
-            spikes,
-            "largest KL above its mean, Muon less Adam",
-            less("muon", "adam", spike),
-            **above,
-        ),
-        judge(
-            spikes,
-            "the same in multiples of the mean",
-            less("muon", "adam", lambda run: spike(run, relative=True)),
-            **above,
-        ),
-        judge(
-            smooth,
-            "largest KL above its mean, SGD less Adam",
-            less("sgd", "adam", spike),
-            **below,
-        ),
-        *(
-            judge(
-                smooth, f"{right}, SGD less {arm}", less("sgd", arm, accuracy), **below
-            )
-            for arm in ("adam", "muon", "hopper")
-        ),
-        judge(
-            calm,
-            "largest KL above its mean, AdaMuon less Muon",
-            less("adamuon", "muon", spike),
-            **below,
-        ),
-        judge(
-            calm, "the same, Hopper less Muon", less("hopper", "muon", spike), **below
-        ),
-        judge(
-            one,
-            f"{right}, 1 less 5",
-            less("hopper", "hopper, 5 steps", accuracy),
-            **above,
-        ),
-        judge(
-            one,
-            "share of nonsense, 1 less 5",
-            less("hopper", "hopper, 5 steps", nonsense),
-            **below,
-        ),
-        *(
-            judge(f"{one}, at one learning rate", what, found, **where)
-            for what, measure, where in (
-                (f"{right}, 1 less 5, RMS not matched", accuracy, above),
-                ("steps to half of the gain, 1 less 5", to_half, below),
-            )
-            if (found := less("raw, 1 step", "raw, 5 steps", measure))
-        ),
-        judge(
-            "Hopper learns about twice as fast as Adam",
-            "steps to 0.9 of Adam's gain, over Adam's",
-            speed,
-            high=0.6,
-        ),
-        judge(
-            order,
-            "steps between half gains, Hopper",
-            each("hopper", lead),
-            **above,
-        ),
-        judge(order, "the same, Adam", each("adam", lead), **above),
-        judge(order, "Hopper less Adam", less("hopper", "adam", lead), **above),
-        *(
-            judge(late, f"{change}, {arm}", found, **below)
-            for arm in LONG_ARMS
-            if (found := each(arm, decline, "long"))
-        ),
-        *(
-            judge(
-                "Hopper, then Adam, beats both",
-                f"{right}, less {arm}",
-                less("hopper, then adam", arm, accuracy),
-                **above,
-            )
-            for arm in ("hopper", "adam")
-        ),
-    ]
+    )
+    add("right at half of the steps less Adam's at the end", found, low=-0.01)
+
+    claim = "Parallelism before arithmetic"
+    add("steps between half gains, Hopper", list(map(lead, of("hopper"))), **above)
+    add("the same, Adam", list(map(lead, of("adam"))), **above)
+    found = less("hopper", "adam", arithmetic_then)
+    add("arithmetic when parallelism is learned, Hopper less Adam", found, **below)
+
+    claim = "Training declines late"
+    change = "validation, last 60 steps less the peak"
+    late = {}
+    for arm in LONG_ARMS:
+        runs_of = of(arm, "long")
+        late[arm] = [
+            late_change(run, [other for other in runs_of if other is not run])
+            for run in runs_of
+        ]
+        add(f"{change}, {arm}", late[arm], **below)
+    found = [a - b for a, b in zip(late["hopper"], late["adam"], strict=True)]
+    add(f"{change}, Hopper less Adam", found, **below)
+
+    claim = "Hopper, then Adam, beats both"
+    for arm in ("hopper", "adam"):
+        found = less("hopper, then adam", arm, lambda run: run["last"]["all"])
+        add(f"{right} after the last step, less {arm}", found, **above)
+    for arm in ("hopper", "adam"):
+        found = less(
+            "hopper, then adam", arm, lambda run: run["last"]["all"], phase="long"
+        )
+        add(f"the same after {LONG} steps, less {arm}", found, **above)
+    return answers
 
 
 # --------------------------------------------------------------------- tables
@@ -286,7 +337,7 @@ def arms_of(runs: Sequence[Job]) -> str:
         for arm in best
     }
     heads = ["arm", "learning rate", "right ± σ", "less Adam's", "verdict"]
-    heads += ["arithmetic", "par_hard", "seq", "verbs", "pass@8", "nonsense"]
+    heads += ["arithmetic", "par_hard", "seq", "verbs", "pass@8", "nonsense", "formed"]
     heads += ["entropy", "KL", "update RMS"]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for arm, mine in sorted(finals.items(), key=lambda x: -_mean(accuracy, x[1])):
@@ -309,7 +360,7 @@ def arms_of(runs: Sequence[Job]) -> str:
         cells += [less, verdict, *(f"{share:.3f}" for share in by_kind)]
         cells += [f"{_mean(verbs, mine):.1f}"]
         cells += [f"{_mean(lambda r: r['best']['pass@8']['all'], mine):.3f}"]
-        cells += [f"{_mean(nonsense, mine):.3f}"]
+        cells += [f"{_mean(x, mine):.3f}" for x in (nonsense, at_end("format"))]
         cells += [f"{_mean(at_end(name), mine):.2g}" for name in ("entropy", "kl_k3")]
         cells += [f"{_mean(at_end('update_rms'), mine):.1e}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -321,9 +372,9 @@ def _mean(measure: Measure, runs: Sequence[Job]) -> float:
 
 
 def rates_of(runs: Sequence[Job]) -> str:
-    """Returns the share of right validation problems by arm and learning rate."""
+    """Returns the mean share of right validation problems by arm and rate."""
     lines = [
-        "| arm | learning rate: share of right validation problems |",
+        "| arm | learning rate: mean share of right validation problems |",
         "| --- | --- |",
     ]
     tried: dict[str, dict[float, float]] = {}
@@ -346,19 +397,15 @@ def plot(runs: Sequence[Job], path: Path) -> None:
         if not mine:
             continue
         steps = [point["step"] for point in mine[0]["validation"]]
-        for axes, kinds in zip(all_axes, (ARITHMETIC, PARALLEL), strict=False):
-            means = [
-                statistics.mean(
-                    r["validation"][i]["by_kind"][k] for r in mine for k in kinds
-                )
-                for i in range(len(steps))
-            ]
-            axes.plot(steps, means, color=f"C{place}", label=arm)
-        for axes, name in zip(all_axes[2:], ("entropy", "kl_k3"), strict=True):
-            rows = zip(*(r["measures"][name]["mean"] for r in mine), strict=True)
-            means = [statistics.mean(row) for row in rows]
-            axes.plot([10 * i + 5 for i in range(len(means))], means, color=f"C{place}")
-    titles = ("arithmetic", "parallel problems", "entropy", "KL from the base (k3)")
+        for axes, value in zip(all_axes, (arithmetic, parallelism), strict=False):
+            rows = zip(*(map(value, r["validation"]) for r in mine), strict=True)
+            axes.plot(
+                steps, [*map(statistics.mean, rows)], color=f"C{place}", label=arm
+            )
+        for axes, name in zip(all_axes[2:], ("entropy", "kl_k1"), strict=True):
+            rows = zip(*(r["measures"][name] for r in mine), strict=True)
+            axes.plot([*map(statistics.mean, rows)], color=f"C{place}", lw=1)
+    titles = ("arithmetic", "parallelism", "entropy", "KL from the base")
     for axes, title in zip(all_axes, titles, strict=True):
         axes.set(title=title, xlabel="step")
     all_axes[0].legend(fontsize=7)

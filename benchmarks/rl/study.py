@@ -9,9 +9,9 @@
 trains each arm at its best rate on seeds 1 to 5, which the choice has not seen; Hopper
 that is followed by Adam, both at their best rates; and fewer Newton-Schulz steps at the
 best rate of five, without the RMS match, which makes them shorter too. `long` trains
-three times as long. With 4 epochs, in which clipping acts, there are fewer arms and
-half the steps. Every seed has a base of its own. Each line of the file is a run; the
-same command continues it.
+some of them three times as long. With 4 epochs, in which clipping acts, there are fewer
+arms and half the steps. Every seed has a base of its own. Each line of the file is a
+run; the same command continues it.
 """
 
 import argparse
@@ -20,6 +20,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
 
 from benchmarks import jobs
 from benchmarks.jobs import Job
@@ -43,26 +45,27 @@ def steps(count: int, rate: float, **settings: Any) -> Arm:
 # about three times that after one.
 RAW = {"variance": "pre", "rms": None}
 # The optimizer of each arm, its settings, and its middle learning rate. The updates of
-# matrices have the RMS of Adam's, but for those of SGD and of "raw" arms.
+# matrices have the RMS of Adam's, but for those of SGD and of "raw" arms. The middle
+# rates are an octave apart, so that most rates are those of other arms too.
 ARMS: Mapping[str, Arm] = {
     "sgd": ("sgd", {}, 1e-2),
     "adam": ("adam", {}, 1.4e-4),
-    "muon": ("muon", {}, 2e-4),
-    "adamuon": ("adamuon", {}, 2e-4),
+    "muon": ("muon", {}, 2.8e-4),
+    "adamuon": ("adamuon", {}, 2.8e-4),
     "hopper": ("hopper", {}, 1.4e-4),
     "hopper, pre": ("hopper", {"variance": "pre"}, 1.4e-4),
     "hopper, 0 steps": ("hopper", {"orthogonalize": None}, 1.4e-4),
     "hopper, 2 steps": steps(2, 1.4e-4),
-    "hopper, 3 steps": steps(3, 2e-4),
-    "hopper, 5 steps": steps(5, 2e-4),
-    "raw, 5 steps": steps(5, 2e-4, **RAW),
+    "hopper, 3 steps": steps(3, 2.8e-4),
+    "hopper, 5 steps": steps(5, 2.8e-4),
+    "raw, 5 steps": steps(5, 2.8e-4, **RAW),
 }
 # Trained at the best rate of "raw, 5 steps".
 SAME_RATE: Mapping[str, Arm] = {
-    f"raw, {count} step{'s' * (count > 1)}": steps(count, 2e-4, **RAW)
+    f"raw, {count} step{'s' * (count > 1)}": steps(count, 2.8e-4, **RAW)
     for count in (1, 2, 3)
 }
-LONG_ARMS = ("adam", "muon", "hopper")
+LONG_ARMS = ("adam", "muon", "hopper", "hopper, then adam")
 
 
 class Setting(NamedTuple):
@@ -70,28 +73,29 @@ class Setting(NamedTuple):
 
     arms: Sequence[str]
     steps: int
+    eval_every: int
 
 
 FEW = ("sgd", "adam", "muon", "adamuon", "hopper", "hopper, 5 steps")
 SETTINGS: Mapping[int, Setting] = {
-    1: Setting(tuple(ARMS), STEPS),
-    4: Setting(FEW, STEPS // 2),
+    1: Setting(tuple(ARMS), STEPS, 5),
+    4: Setting(FEW, STEPS // 2, 2),
 }
-# Measures of each step that are kept, as means and maxima of ten steps each.
+# Measures of each step that are kept, but for the search.
 KEPT = (
-    *("correct", "nonsense", "entropy", "kl_k1", "kl_k3", "kl_p99", "kl_largest"),
-    *("signal", "clip_fraction", "ratio_largest", "update_rms", "update_rank"),
+    *("correct", "format", "nonsense", "entropy", "kl_k1", "kl_k3", "kl_largest"),
+    *("signal", "clip_fraction", "ratio_largest", "gradient_norm", "update_rms"),
 )
-BLOCK = 10
 
 
 def best_rates(runs: Sequence[Job], epochs: int) -> dict[str, float]:
     """Returns the learning rate with the lowest loss of the search, by arm."""
-    tried = [r for r in runs if (r["phase"], r["epochs"]) == ("rates", epochs)]
     best: dict[str, Job] = {}
-    for run in tried:
-        if run["arm"] not in best or run["loss"] < best[run["arm"]]["loss"]:
-            best[run["arm"]] = run
+    for run in sorted(runs, key=lambda run: run["learning_rate"]):
+        if (run["phase"], run["epochs"]) == ("rates", epochs):
+            arm = run["arm"]
+            if arm not in best or run["loss"] < best[arm]["loss"]:
+                best[arm] = run
     return {arm: run["learning_rate"] for arm, run in best.items()}
 
 
@@ -114,16 +118,15 @@ def jobs_of(phase: str, epochs: int, runs: Sequence[Job]) -> list[Job]:
         )
     best = best_rates(runs, epochs)
     chosen = {arm: {"learning_rate": rate} for arm, rate in best.items()}
+    both = {"learning_rate": best["hopper"], "then_rate": best["adam"]}
+    chosen["hopper, then adam"] = both
     if phase == "long":
         if epochs != 1:
             raise ValueError(f"`long` is for 1 epoch, got {epochs}")
         basic["steps"] = LONG
         chosen = {arm: chosen[arm] for arm in LONG_ARMS}
-    else:
-        both = {"learning_rate": best["hopper"], "then_rate": best["adam"]}
-        chosen["hopper, then adam"] = both
-        if "raw, 5 steps" in chosen:
-            chosen |= dict.fromkeys(SAME_RATE, chosen["raw, 5 steps"])
+    elif "raw, 5 steps" in chosen:
+        chosen |= dict.fromkeys(SAME_RATE, chosen["raw, 5 steps"])
     return [
         {**basic, "arm": arm, **rates, "seed": seed}
         for arm, rates in chosen.items()
@@ -142,7 +145,7 @@ def config_of(job: Job) -> configs.Config:
         steps=job["steps"],
         epochs=job["epochs"],
         seed=job["seed"],
-        eval_every=5,
+        eval_every=SETTINGS[job["epochs"]].eval_every,
         rounds=1,  # more would sample more for a policy that is better
         base_steps=BASE_STEPS,
         base_seed=job["seed"],
@@ -153,37 +156,33 @@ def config_of(job: Job) -> configs.Config:
     return config
 
 
-def blocks(records: Sequence[Mapping[str, Any]], name: str) -> dict[str, list[float]]:
-    """Returns means and maxima of a measure over ten steps each."""
-    values = [r[name] for r in records if r["kind"] == "train"]
-    parts = [values[i : i + BLOCK] for i in range(0, len(values), BLOCK)]
-    return {
-        "mean": [float(f"{statistics.mean(part):.4g}") for part in parts],
-        "max": [float(f"{max(part):.4g}") for part in parts],
-    }
-
-
 def do(job: Job) -> dict[str, Any]:
-    """Does one run; its loss is the share of validation problems that are wrong.
+    """Does one run; its loss is the mean share of wrong validation problems.
 
-    It is that of the best policy of the run. The rates are chosen by it, and the test
-    problems are for the comparisons.
+    It is that over all evaluations of the run, because the best of many would be lucky.
+    The rates are chosen by it, and the test problems are for the comparisons.
     """
     found = train.train(config_of(job))
     if found["stopped"]:
         raise KeyboardInterrupt(f"a run was stopped by {found['stopped']}")
-    validation = [
-        {"step": r["step"], "all": r["all"], "by_kind": r["by_kind"]}
-        for r in found["records"]
-        if r["kind"] == "val"
-    ]
-    return {
-        "loss": 1 - max(point["all"] for point in validation[1:]),
-        "validation": validation,
+    run, train_steps, points = (
+        [record for record in found["records"] if record["kind"] == kind]
+        for kind in ("run", "train", "val")
+    )
+    search = job["phase"] == "rates"
+    kept = ("step", "all") if search else ("step", "all", "by_kind")
+    result = {
+        "loss": 1 - statistics.mean(point["all"] for point in points[1:]),
+        "validation": [{name: point[name] for name in kept} for point in points],
         **{name: found[name] for name in ("best", "best_step", "last")},
-        "measures": {name: blocks(found["records"], name) for name in KEPT},
-        **record.environment(),
+        "measures": {k: [r[k] for r in train_steps] for k in KEPT if not search},
+        "base_sha256": run[0]["data_sha256"],
     }
+    return {**jax.tree.map(_short, result), **record.environment()}
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def main() -> None:
