@@ -316,6 +316,29 @@ def test_qk_clip_bounds_the_attention_logits():
     np.testing.assert_allclose(free[:4], in_two[:4], rtol=1e-3)
 
 
+def test_the_clip_is_exact_where_nothing_else_moves():
+    config = dataclasses.replace(SMALL, lr=0.0, aux_lr=0.0, qk_norm=0, qk_clip=1.0)
+    mesh = sharding.make_mesh("", "auto", jax.devices()[:1])
+    graph, optimizer, state = train.initial(config, 256, mesh)
+    step = train.make_step(graph, optimizer)
+    windows = jnp.asarray(data.load(config.data).train.batch(0, 0, 8, config.context))
+    found = []
+    for _ in range(3):
+        state, _, max_logit = step(state, windows[None])
+        found.append(float(max_logit))
+    assert found[0] > 1.2
+    np.testing.assert_allclose(found[1:], 1.0, rtol=1e-5)
+
+
+def test_a_clip_of_bounded_logits_is_refused():
+    with pytest.raises(
+        ValueError, match="add `--qk-norm 0`, or leave out `--qk-clip 3"
+    ):
+        configs.resolve(dataclasses.replace(SMALL, qk_clip=30.0))
+    with pytest.raises(ValueError, match="`qk_norm` must be 0 or 1, got 2"):
+        configs.resolve(dataclasses.replace(SMALL, qk_norm=2))
+
+
 def test_train_runs_outside_the_main_thread_and_leaves_signals_alone():
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     results = []

@@ -66,7 +66,7 @@ class Config:
     head_dim: int = flag(32, "channels per attention head; heads = width / head_dim")
     context: int = flag(128, "context length in tokens")
     qk_norm: int = flag(
-        1, "1: queries and keys are normalized, which bounds attention logits; 0: not"
+        1, "1 normalizes queries and keys, which bounds attention logits; 0 does not"
     )
     dtype: str = flag(
         "auto",
@@ -120,8 +120,8 @@ class Config:
     )
     qk_clip: float = flag(
         0.0,
-        "largest attention logit, above which `qk_clip` shrinks the projections of a "
-        "head; 0 disables it",
+        "attention logit above which `om.qk_clip` shrinks the projections of a head; "
+        "0 disables it",
     )
     seed: int = flag(0, "seed of the initial parameters and of the order of the data")
     # Devices

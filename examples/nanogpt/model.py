@@ -105,7 +105,7 @@ class Attention(nnx.Module):
     def max_logits(self, q: jax.Array, k: jax.Array) -> jax.Array:  # (H,)
         """Returns the largest logit of each head, masked positions left out.
 
-        All logits are in memory for it: a fused kernel would return their maxima.
+        It materializes all logits; a fused kernel could return the maxima directly.
         """
         q, k = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (q, k))
         logits = self.scale * jnp.einsum("bthk,bshk->bhts", q, k)

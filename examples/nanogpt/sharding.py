@@ -135,8 +135,8 @@ def spread(loss_fn: Callable, mesh: Mesh | None) -> Callable:
     if mesh is None:
         return loss_fn
 
-    def on_mesh(params: Any, graph: Any, windows: jax.Array) -> jax.Array:
-        def run(params: Any, windows: jax.Array) -> jax.Array:
+    def on_mesh(params: Any, graph: Any, windows: jax.Array) -> Any:
+        def run(params: Any, windows: jax.Array) -> Any:
             constrain = jax.lax.with_sharding_constraint
             # Both constraints also apply to the gradient, in reverse order: gathered
             # like the parameters in use, and then sharded like the stored parameters.

@@ -83,16 +83,16 @@ def make_optimizer(
     if config.clip:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
     if config.qk_clip:
-        optimizer = optax.chain(optimizer, om.qk_clip(heads_of, config.qk_clip))
+        optimizer = optax.chain(optimizer, om.qk_clip(attention, config.qk_clip))
     never = np.iinfo(np.int32).max
     return optax.apply_if_finite(optimizer, max_consecutive_errors=never)  # type: ignore
 
 
-def heads_of(path: str, leaf: Any) -> om.QKHeads | None:
-    """Says which parameters share in the attention logits, for `qk_clip`."""
+def attention(path: str, leaf: Any) -> om.QKProjection | None:
+    """Describes how a parameter contributes to the attention logits."""
     del leaf
     layer, _, projection = path.removesuffix("/kernel").rpartition("/")
-    return om.QKHeads(layer, axes=1) if projection in ("q", "k") else None
+    return om.QKProjection(layer, axes=1) if projection in ("q", "k") else None
 
 
 def check_ownership(table: Any, params: nnx.State) -> int:
@@ -140,13 +140,16 @@ def loss_fn(params: nnx.State, graph: nnx.GraphDef, windows: jax.Array) -> jax.A
 def loss_and_max_logits(
     params: nnx.State, graph: nnx.GraphDef, windows: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the loss, and by layer the largest attention logits, if it has them."""
+    """Returns the loss, and by layer the largest attention logits.
+
+    There are none if the model normalizes queries and keys.
+    """
     gpt = nnx.merge(graph, params)
     logits = gpt(windows[:, :-1])  # (B, T, V)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
     stored = nnx.to_flat_state(nnx.pop(gpt, model.MaxLogits))
-    names = {"/".join(map(str, path[:-1])): found for path, found in stored}
-    return jnp.mean(losses), {name: found[...] for name, found in names.items()}
+    largest = {"/".join(map(str, path[:-1])): found[...] for path, found in stored}
+    return jnp.mean(losses), largest
 
 
 def make_step(
@@ -157,8 +160,8 @@ def make_step(
 ) -> jax.stages.Wrapped:
     """Returns a compiled step from state and windows (A, B, T + 1).
 
-    It returns the state, the loss, and by layer the largest attention logit of each
-    head, if the model has no bound on them.
+    It returns the state, the loss, and the largest attention logit, which is None if
+    the model normalizes queries and keys.
 
     Args:
       graph: The model without its parameters.
@@ -169,7 +172,9 @@ def make_step(
     on_mesh = sharding.spread(loss_and_max_logits, mesh)
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def step(state: State, windows: jax.Array):
+    def step(
+        state: State, windows: jax.Array
+    ) -> tuple[State, jax.Array, jax.Array | None]:
         def add_micro_batch(total, micro_batch):  # (B, T + 1)
             (loss, logits), grads = jax.value_and_grad(on_mesh, has_aux=True)(
                 state.params, graph, micro_batch
@@ -188,7 +193,8 @@ def make_step(
             grads, state.optimizer, state.params, max_logits=logits
         )
         params = optax.apply_updates(state.params, updates)
-        return State(params, inner), loss, logits  # type: ignore
+        largest = jnp.max(jnp.stack([*logits.values()])) if logits else None
+        return State(params, inner), loss, largest  # type: ignore
 
     stored = like and jax.tree.map(lambda leaf: leaf.sharding, like)
     return jax.jit(step, donate_argnums=0, out_shardings=(stored, None, None))
@@ -280,7 +286,7 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
         tqdm(total=config.steps, initial=start, disable=quiet) as bar,
     ):
         for done in range(start + 1, config.steps + 1):
-            state, loss, logits = step_fn(state, windows.train(done - 1))
+            state, loss, max_logit = step_fn(state, windows.train(done - 1))
             bar.update()
             end, report = done == config.steps, done % config.log_every == 0
             if report or jax.process_count() == 1:
@@ -297,9 +303,7 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
             if skipped > before:
                 say(f"step {done}: {skipped} steps skipped with non-finite gradients")
             om.diagnostics.check_refreshes(state.optimizer)
-            bounds = {}
-            if logits:
-                bounds = {"max_logit": max(float(x.max()) for x in logits.values())}
+            watched = {} if max_logit is None else {"max_logit": float(max_logit)}
             log.add(
                 "train",
                 step=done,
@@ -308,7 +312,7 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
                 skipped=skipped,
                 tokens=done * tokens_per_step,
                 tokens_per_second=round(speed),
-                **bounds,
+                **watched,
             )
             bar.set_postfix_str(f"loss {value:.4f}, {speed:,.0f} tokens/s")
             if validate:

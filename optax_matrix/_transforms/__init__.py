@@ -43,7 +43,7 @@ from optax_matrix._transforms.orthogonalize_with_feedback import (
 from optax_matrix._transforms.precondition_then_orthogonalize import (
     precondition_then_orthogonalize,
 )
-from optax_matrix._transforms.qk_clip import QKHeads, qk_clip
+from optax_matrix._transforms.qk_clip import QKProjection, qk_clip
 from optax_matrix._transforms.radial_brake import radial_brake
 from optax_matrix._transforms.radial_retract import RadialRetractState, radial_retract
 from optax_matrix._transforms.scale_by_neuron_variance import (
@@ -86,7 +86,7 @@ __all__ = [
     "OrthogonalizeWithFeedbackState",
     "PerMatrixState",
     "Preconditioner",
-    "QKHeads",
+    "QKProjection",
     "RadialRetractState",
     "ScaleByNeuronVarianceState",
     "ScaleByNoiseState",

@@ -1,8 +1,8 @@
-"""Weakens the query and key projections of heads with large attention logits."""
+"""Scales down the projections of attention heads whose logits are too large."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,162 +11,173 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_matrix import _check, _layout, _paths
-from optax_matrix._layout import layout as _spec
+from optax_matrix._layout.layout import int_tuple
 from optax_matrix._transforms import _arguments, _numerics
 
 
-@dataclasses.dataclass(frozen=True)
-class QKHeads:
-    r"""Says how a leaf shares in the attention logits of a layer.
+@dataclasses.dataclass(frozen=True, eq=False)
+class QKProjection:
+    r"""Describes how a leaf contributes to the attention logits of a layer.
 
-    A head whose logits are to become :math:`\gamma` times as large has its coordinates
-    of the leaf multiplied by :math:`\gamma^p`, with :math:`p` = ``power``. For each
-    product of a query and a key the powers must sum to 1.
+    To multiply the logits of a head by :math:`\gamma`, its entries of the leaf are
+    multiplied by :math:`\gamma^p`, with :math:`p` = ``power``. The powers of a query
+    and a key that are multiplied must sum to 1.
 
     Args:
       layer: The key of the layer in the extra argument ``max_logits``.
       axes: The axes of the leaf that correspond to those of ``max_logits[layer]``. The
         last one, often the only one, counts heads, or heads and their channels in one
         axis. Axes before it count layers that are stacked.
-      power: :math:`p`, not negative, for all coordinates of the last of ``axes``, or
-        one for each of them.
-      heads: The head of each of these coordinates; None: heads one after another, with
-        the same number of channels each.
+      power: :math:`p`, not negative: a number, or an array that broadcasts to the leaf.
+      heads: The head of each coordinate of the last of ``axes``. None: heads are
+        contiguous and have equally many channels.
 
     Raises:
-      TypeError: If ``layer`` is not a string or an axis is not an integer.
-      ValueError: If an axis is named twice or a power is negative.
+      TypeError: If ``layer`` is not a string, or an axis or a head not an integer.
+      ValueError: If there is no axis, or a power or a head is negative.
 
     Example:
-      >>> query = QKHeads("attn", axes=1)  # (d, heads * head_dim), (d, heads, head_dim)
-      >>> shared_keys = QKHeads("attn", axes=1, power=1.0)  # the query; keys stay
-      >>> scanned = QKHeads("layers/attn", axes=(0, 2))  # (layers, d, heads, head_dim)
+      >>> query = QKProjection("attn", axes=1)  # (d, heads * head_dim)
+      >>> shared_keys = QKProjection("attn", axes=1, power=1.0)  # its query
+      >>> scanned = QKProjection("attn", axes=(0, 2))  # (layers, d, heads, head_dim)
+      >>> fused = QKProjection("attn", axes=2, power=[[[0.5]], [[0.5]], [[0.0]]])
+      >>> # (d, 3, heads, head_dim): q, k, v
     """
 
     layer: str
     axes: int | tuple[int, ...]
-    power: float | Sequence[float] | np.ndarray = 0.5
+    power: ArrayLike | Sequence[Any] = 0.5
     heads: Sequence[int] | np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        """Checks what needs no shape."""
+        """Checks what does not depend on the shape of the leaf."""
         if not isinstance(self.layer, str):
             raise TypeError(f"`layer` must be a string, got {self.layer!r}.")
-        axes = _spec.int_tuple("axes", self.axes)
-        if not axes or len(set(axes)) != len(axes):
-            raise ValueError(
-                f"`axes` must name at least one axis and none twice, got {axes}."
-            )
-        powers = np.asarray(self.power, np.float64)
-        if powers.ndim > 1 or not np.all(powers >= 0):
-            raise ValueError(
-                "`power` must be one number that is not negative, or one per "
-                f"coordinate, got {self.power}."
-            )
+        if not int_tuple("axes", self.axes):
+            raise ValueError("`axes` must name at least one axis, got ().")
+        if not np.all(np.asarray(self.power, np.float64) >= 0):
+            raise ValueError(f"`power` must not be negative, got {self.power}.")
+        if self.heads is not None:
+            heads = np.asarray(self.heads)
+            if not np.issubdtype(heads.dtype, np.integer):
+                raise TypeError(f"`heads` must hold integers, got {self.heads}.")
+            if heads.ndim != 1 or np.any(heads < 0):
+                raise ValueError(
+                    f"`heads` must be a list of indices from 0, got {self.heads}."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Fitted:
-    """A `QKHeads` for a leaf of known shape."""
+    """A `QKProjection` for a leaf of known shape."""
 
     path: str
-    spec: QKHeads
+    spec: QKProjection
     shape: tuple[int, ...]
     axes: tuple[int, ...]
 
     def factor(self, gamma: jax.Array) -> jax.Array:
         """Returns what the leaf is multiplied by, in a shape that broadcasts to it."""
-        size = self.shape[self.axes[-1]]
-        sizes = tuple(self.shape[axis] for axis in self.axes[:-1])
-        if gamma.ndim != len(self.axes) or gamma.shape[:-1] != sizes:
-            wanted = ", ".join([*map(str, sizes), "heads"])
+        name = f"`max_logits['{self.spec.layer}']`"
+        *stack, size = (self.shape[axis] for axis in self.axes)
+        if gamma.ndim != len(self.axes) or [*gamma.shape[:-1]] != stack:
+            wanted = ", ".join([*map(str, stack), "heads"])
             raise ValueError(
-                f"`max_logits['{self.spec.layer}']` has the shape {gamma.shape}, but "
-                f"the axes {self.axes} of '{self.path}', of shape {self.shape}, need "
-                f"({wanted})."
+                f"{name} has the shape {gamma.shape}, but the axes {self.axes} of "
+                f"'{self.path}', of shape {self.shape}, need ({wanted})."
             )
         heads, count = self.spec.heads, gamma.shape[-1]
         if heads is None:
             if size % count:
                 raise ValueError(
-                    f"`max_logits['{self.spec.layer}']` has {count} heads, which do "
-                    f"not divide the {size} coordinates of axis {self.axes[-1]} of "
-                    f"'{self.path}'. Name the head of each in `QKHeads(heads=...)`."
+                    f"{name} has {count} heads, which do not divide the {size} "
+                    f"coordinates of axis {self.axes[-1]} of '{self.path}'. Name the "
+                    "head of each in `QKProjection(heads=...)`."
                 )
-            heads = np.repeat(np.arange(count), size // count)
-        elif np.min(heads) < 0 or np.max(heads) >= count:
-            raise ValueError(
-                f"`heads` of '{self.path}' names {np.min(heads)} to {np.max(heads)}, "
-                f"but `max_logits['{self.spec.layer}']` has heads 0 to {count - 1}."
-            )
-        gamma = gamma[..., np.asarray(heads)]
-        powers = np.broadcast_to(np.asarray(self.spec.power), gamma.shape)
-        factor = gamma ** jnp.asarray(powers, gamma.dtype)
-        factor = factor.transpose(np.argsort(self.axes))
-        kept = [n if a in self.axes else 1 for a, n in enumerate(self.shape)]
-        return factor.reshape(kept)
+            # Not `jnp.repeat`, which refuses a sharded axis on an explicit mesh.
+            channels = (*gamma.shape, size // count)
+            gamma = jnp.broadcast_to(gamma[..., None], channels)
+            gamma = gamma.reshape(*stack, size)
+        else:
+            if np.max(heads) >= count:
+                raise ValueError(
+                    f"`heads` of '{self.path}' names head {np.max(heads)}, but {name} "
+                    f"has heads 0 to {count - 1}."
+                )
+            gamma = gamma[..., np.asarray(heads)]
+        gamma = gamma.transpose(np.argsort(self.axes))
+        kept = [n if axis in self.axes else 1 for axis, n in enumerate(self.shape)]
+        power = jnp.asarray(self.spec.power, gamma.dtype)
+        return gamma.reshape(kept) ** jnp.reshape(
+            power, (1,) * (len(kept) - power.ndim) + power.shape
+        )
 
 
 def _fit(spec: Any, leaf: Any, path: str) -> _Fitted:
-    """Checks a `QKHeads` against the shape of its leaf."""
-    if not isinstance(spec, QKHeads):
+    """Checks a `QKProjection` against the shape of its leaf."""
+    if not isinstance(spec, QKProjection):
         raise TypeError(
-            f"`heads` must return a `QKHeads` or None, got {spec!r} at '{path}'."
+            f"`projections` must return a `QKProjection` or None, got {spec!r} at "
+            f"'{path}'."
         )
     _layout.check_floating(leaf, path)
-    shape = tuple(jnp.shape(leaf))
-    given = _spec.int_tuple("axes", spec.axes)
-    axes = tuple(axis % len(shape) if shape else axis for axis in given)
+    shape, given = tuple(jnp.shape(leaf)), int_tuple("axes", spec.axes)
     inside = all(-len(shape) <= axis < len(shape) for axis in given)
+    axes = tuple(axis + len(shape) if axis < 0 else axis for axis in given)
     if not inside or len(set(axes)) < len(axes):
         raise ValueError(
             f"`axes` {given} do not fit the leaf '{path}' of shape {shape}."
         )
-    size = shape[axes[-1]]
-    for name in ("power", "heads"):
-        value = np.asarray(getattr(spec, name))
-        if value.ndim and value.shape != (size,):
-            raise ValueError(
-                f"`{name}` has the shape {value.shape}, but axis {axes[-1]} of "
-                f"'{path}' has {size} coordinates."
-            )
+    power = np.shape(spec.power)
+    fits = len(power) <= len(shape) and all(
+        n in (1, size) for n, size in zip(power[::-1], shape[::-1], strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"`power` has the shape {power}, which does not broadcast to '{path}' of "
+            f"shape {shape}."
+        )
+    if spec.heads is not None and len(spec.heads) != shape[axes[-1]]:
+        raise ValueError(
+            f"`heads` has {len(spec.heads)} entries, but axis {axes[-1]} of '{path}' "
+            f"has {shape[axes[-1]]} coordinates."
+        )
     return _Fitted(path, spec, shape, axes)
 
 
 def _gammas(
     logits: Any, layers: set[str], threshold: ArrayLike
-) -> Mapping[str, jax.Array]:
+) -> dict[str, jax.Array]:
     """Returns what the logits of each head are to be multiplied by, by layer."""
-    if logits is None:
-        raise ValueError(
+    if not isinstance(logits, Mapping):
+        raise TypeError(
             "`qk_clip` needs the largest attention logits: call `tx.update(updates, "
-            "state, params, max_logits={layer: logits})`, got None."
+            f"state, params, max_logits={{layer: logits}})`, got {logits!r}."
         )
-    if set(logits) != layers:
-        raise ValueError(
-            f"`max_logits` must have the layers {sorted(layers)}, got {sorted(logits)}."
-        )
+    missing = sorted(layers - set(logits))
+    if missing:
+        found = ", ".join(sorted(map(str, logits))) or "none"
+        raise ValueError(f"`max_logits` lacks the layers {missing}; it has {found}.")
 
     def gamma(found: ArrayLike) -> jax.Array:
-        found = jnp.asarray(found, jnp.result_type(found, jnp.float32))
+        found = jnp.asarray(found)
+        found = found.astype(jnp.promote_types(found.dtype, jnp.float32))
         limit = _numerics.as_scalar(threshold, found)
         # An infinite logit would set the head to zero.
         shrunk = jnp.where(jnp.isfinite(found), limit / found, jnp.nan)
         return jnp.where(found <= limit, 1.0, shrunk)
 
-    return {layer: gamma(found) for layer, found in logits.items()}
-
-
-Heads: TypeAlias = Callable[[str, Any], QKHeads | None]
+    return {layer: gamma(logits[layer]) for layer in layers}
 
 
 def qk_clip(
-    heads: Heads, threshold: ArrayLike = 100.0
+    projections: Callable[[str, Any], QKProjection | None],
+    threshold: ArrayLike = 100.0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Shrinks query and key projections of heads whose largest logit is too large.
+    r"""Shrinks the query and key projections of heads with too large logits.
 
     With :math:`S_h` the largest attention logit of head :math:`h` in the batch,
-    :math:`\tau` = ``threshold``, :math:`p` the power of a coordinate that belongs to
+    :math:`\tau` = ``threshold``, :math:`p` the power of an entry that belongs to
     :math:`h`, and elementwise,
 
     .. math::
@@ -175,74 +186,91 @@ def qk_clip(
 
     so that the parameters after the step, :math:`W + U`, are multiplied by
     :math:`\gamma_h^p`. Heads below the threshold are not changed. Put it at the end of
-    a chain, after learning rate and weight decay, and after `optax.MultiSteps`, which
-    would pass the logits of the last micro-batch alone::
+    a chain, after learning rate and weight decay::
 
-        tx = optax.chain(om.muon(0.02), om.qk_clip(heads))
+        tx = optax.chain(om.muon(0.02), om.qk_clip(projections))
         tx.update(grads, state, params, max_logits={"blocks/0/attn": logits})
 
-    ===================== ======================================= ====================
-    attention             leaf                                    ``power``
-    ===================== ======================================= ====================
-    multi-head            query, key                              0.5
-    grouped-query         query; keys are shared and stay         1
-    latent (MLA)          query, key: channels without position   0.5
-    latent                query: rotary channels                  1; their key stays
-    any                   values; channels of values              0, or None
-    ===================== ======================================= ====================
+    The logits are those of the forward pass before the step, so a step that is too
+    long shows in the next one. Average gradients of several batches in the loss and
+    pass the largest logits of all; inside `optax.MultiSteps`, only those of the last
+    batch count, and after it, every batch clips. An optimizer that fixes the norm of
+    each matrix, such as `muonh`, undoes the clip in its next step.
 
-    Keys that heads share are not changed, because that would change the logits of heads
-    below the threshold too.
+    ============= ============================================== =========
+    attention     leaf                                           ``power``
+    ============= ============================================== =========
+    multi-head    query, key                                     0.5
+    grouped-query query                                          1
+    latent (MLA)  up-projections of query and key: channels that 0.5
+                  are not rotary
+    latent        up-projection of the query: rotary channels    1
+    all           biases: as their kernels
+    all           values; keys and rotary keys that heads share  None, or 0
+    ============= ============================================== =========
+
+    A key that heads share is not scaled, because that would change the logits of heads
+    below the threshold too. To scale it nevertheless, pass the largest logit of each
+    group, and describe query and key by groups, with a power of 0.5.
 
     Args:
-      heads: Takes the path of a leaf, as in ``blocks/0/attn/q/kernel``, and the leaf,
-        and returns its `QKHeads`, or None for leaves that have no part in the logits.
+      projections: Takes the path of a leaf, as in ``blocks/0/attn/q/kernel``, and the
+        leaf, and returns its `QKProjection`, or None for leaves that do not affect the
+        logits. Under `optax.inject_hyperparams`, pass
+        ``static_args=("projections",)``.
       threshold: :math:`\tau`, positive.
 
     Returns:
       A transformation without state that needs ``params`` and the extra argument
-      ``max_logits``: a mapping from the layers to arrays of :math:`S_h`, one per head,
-      with the largest over the batch, all of its micro-batches and devices, after the
-      scaling that precedes the softmax. Updates keep their shape and dtype. Logits that
-      are not finite make the parameters of their head NaN.
+      ``max_logits``, a mapping from layers to arrays with :math:`S_h` of each head: the
+      maximum over batch, positions and devices of what the softmax is taken of. It may
+      have more layers. Updates keep their shape and dtype. NaN and infinite logits make
+      the entries of their head NaN where the power is not 0.
 
     Raises:
-      TypeError: At ``init``, if ``heads`` returns anything else, or for a leaf that is
-        not real and floating.
+      TypeError: At construction, if ``projections`` is not a function or ``threshold``
+        not a number; at ``init``, if ``projections`` returns something else, or for a
+        leaf that is not real and floating; in ``update``, if ``max_logits`` is not a
+        mapping.
       ValueError: At construction, if ``threshold`` is not positive; at ``init``, if no
-        leaf has heads, or axes or lengths do not fit a leaf; in ``update`` without
-        ``params`` or ``max_logits``, or if its layers or shapes do not fit.
+        leaf is described, or a description does not fit its leaf; in ``update`` without
+        ``params``, or if layers or shapes of ``max_logits`` do not fit.
 
     References:
       Kimi Team, 2025, MuonClip,
-      `arXiv:2507.20534 <https://arxiv.org/abs/2507.20534>`_. It describes multi-head
-      and latent attention; the rule for shared keys follows from the latter.
+      `arXiv:2507.20534 <https://arxiv.org/abs/2507.20534>`_, for multi-head and latent
+      attention; queries with shared keys are scaled like those with shared rotary keys.
     """
     _arguments.number("threshold", threshold, 0.0, low_open=True)
-    if not _paths.is_function(heads):
-        raise TypeError(f"`heads` must be a function of (path, leaf), got {heads!r}.")
+    if not _paths.is_function(projections):
+        raise TypeError(
+            f"`projections` must be a function of (path, leaf), got {projections!r}."
+        )
 
     def fitted(tree: Any) -> list[_Fitted | None]:
         """Returns an entry per leaf, in order."""
-        fits = []
-        for place in _paths.places(tree):
-            if not place.empty:
-                spec = heads(place.name, place.leaf)
-                fits.append(spec and _fit(spec, place.leaf, place.name))
-        return fits
+        specs = [
+            (place, projections(place.name, place.leaf))
+            for place in _paths.places(tree)
+            if not place.empty
+        ]
+        return [
+            None if spec is None else _fit(spec, place.leaf, place.name)
+            for place, spec in specs
+        ]
 
     def init(params: optax.Params) -> optax.EmptyState:
         if not any(fitted(params)):
             raise ValueError(
-                "`heads` returned None for every leaf: return a `QKHeads` for the "
-                "projections of queries and keys."
+                "`projections` returned None for every leaf: return a `QKProjection` "
+                "for the projections of queries and keys."
             )
         return optax.EmptyState()
 
     def update(updates, state, params=None, *, max_logits=None, **extra_args):
         del extra_args
         _check.params_given(params, "qk_clip")
-        fits = fitted(params)
+        fits = fitted(updates)
         layers = {fit.spec.layer for fit in fits if fit}
         gammas = _gammas(max_logits, layers, threshold)
 
@@ -254,8 +282,10 @@ def qk_clip(
             # In this form, a factor of 1 leaves the update exactly as it is.
             return (factor * wide + (factor - 1) * p).astype(u.dtype)
 
-        leaves, tree = jax.tree.flatten(updates)
-        clipped = map(clip, leaves, jax.tree.leaves(params), fits)
-        return jax.tree.unflatten(tree, clipped), state
+        leaves, structure = jax.tree.flatten(updates)
+        bare = jax.tree.structure(_paths.unboxed(updates))
+        weights = bare.flatten_up_to(_paths.unboxed(params))
+        clipped = [clip(*each) for each in zip(leaves, weights, fits, strict=True)]
+        return jax.tree.unflatten(structure, clipped), state
 
     return optax.GradientTransformationExtraArgs(init, update)
