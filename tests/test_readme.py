@@ -114,7 +114,7 @@ def test_the_tables_of_the_docs_are_those_of_the_raw_results():
     each = {arm: measured["seconds"] for arm, measured in seconds.items()}
     assert report.table(runs, each) in page
     assert report.table(read(results / "convergence_sotu-250.jsonl")) in page
-    for name in ("methods-250", "tiny-1000"):
+    for name in ("methods-250", "tiny-1000", "medium-500"):
         assert report.table(read(results / f"convergence_{name}.jsonl")) in page
     assert report.headlines(runs) in (ROOT / "README.md").read_text()
     tour = json.loads((results / "tour_2026-11-29.json").read_text())
