@@ -240,8 +240,10 @@ def partition(
         rows = _decide(tree, routing)
         treedef = jax.tree.structure(tree)
         labels = treedef.unflatten([decision.optimizer for _, decision, _ in rows])
+        # A function, because labels in a module that has a `__call__`, as Equinox's
+        # have, would be called.
         return optax.partition(
-            {"matrix": matrix(_fitted(rows)), "auxiliary": auxiliary}, labels
+            {"matrix": matrix(_fitted(rows)), "auxiliary": auxiliary}, lambda _: labels
         )
 
     def init(params: Any) -> optax.OptState:

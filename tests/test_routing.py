@@ -13,6 +13,7 @@ import optax
 import pytest
 from flax import nnx
 
+import optax_matrix as om
 from optax_matrix import _layout, _paths
 from optax_matrix._layout import MatrixLayout
 from optax_matrix._routing import describe, partition, route
@@ -625,7 +626,11 @@ def test_equinox_with_a_function():
     assert got == {"layers/0/weight": (1, 3, 5), "layers/1/weight": (1, 5, 2)}
     got = matrices(mlp, lambda path, leaf: flipped if "0/w" in path else False)
     assert got == {"layers/0/weight": (1, 3, 5)}
-    # A module of labels is a tree, though it can be called.
+    # A module is a tree, though it can be called: of parameters, and of labels.
+    tx = om.muon(0.1, routing=lambda path, leaf: flipped)
+    updates, _ = jax.jit(tx.update)(mlp, tx.init(mlp), mlp)
+    step = np.asarray(updates.layers[1].weight)
+    np.testing.assert_allclose(np.linalg.norm(step, 2), 0.1, rtol=0.2)
     labels = jax.tree.map(lambda x: flipped if x.ndim == 2 else "auxiliary", mlp)
     assert callable(labels)
     assert len(matrices(mlp, labels)) == 2
