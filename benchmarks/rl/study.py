@@ -48,7 +48,7 @@ RAW = {"variance": "pre", "rms": None}
 # matrices have the RMS of Adam's, but for those of SGD and of "raw" arms. The middle
 # rates are an octave apart, so that most rates are those of other arms too.
 ARMS: Mapping[str, Arm] = {
-    "sgd": ("sgd", {}, 1e-2),
+    "sgd": ("sgd", {}, 4e-2),
     "adam": ("adam", {}, 1.4e-4),
     "muon": ("muon", {}, 2.8e-4),
     "adamuon": ("adamuon", {}, 2.8e-4),
