@@ -4,7 +4,7 @@
     python -m benchmarks.qk_clip --out RUNS.jsonl --table
 
 The same command continues the file. Each line is a run, with the largest attention
-logit of every tenth step.
+logit of every step.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def do(job: Job) -> dict[str, Any]:
     """Does one run of 250 steps by Muon."""
     config = dataclasses.replace(
         configs.TINY, optimizer="muon", qk_norm=0, val_windows=1024, val_every=250,
-        sample=0, checkpoint_every=0, quiet=True, **job,
+        sample=0, checkpoint_every=0, quiet=True, log_every=1, **job,
     )  # fmt: skip
     found = train.train(config)
     logits = [r["max_logit"] for r in found["records"] if r["kind"] == "train"]

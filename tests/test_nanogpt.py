@@ -335,6 +335,9 @@ def test_a_clip_of_bounded_logits_is_refused():
         ValueError, match="add `--qk-norm 0`, or leave out `--qk-clip 3"
     ):
         configs.resolve(dataclasses.replace(SMALL, qk_clip=30.0))
+    config = dataclasses.replace(SMALL, qk_norm=0, qk_clip=30.0, optimizer="muonh")
+    with pytest.raises(ValueError, match="`muonh` restores the norms"):
+        configs.resolve(config)
     with pytest.raises(ValueError, match="`qk_norm` must be 0 or 1, got 2"):
         configs.resolve(dataclasses.replace(SMALL, qk_norm=2))
 

@@ -105,6 +105,12 @@ def compiled(tx, tree):
     return jax.jit(tx.update).lower(tree, tx.init(tree), tree).compile()
 
 
+def test_parameters_without_shardings_are_refused():
+    shapes = {"a": {"kernel": jax.ShapeDtypeStruct((4, 4), "float32")}}
+    with pytest.raises(TypeError, match="got ShapeDtypeStruct at 'a/kernel'"):
+        om.Placement(shapes)
+
+
 def on_mesh(leaves, shape, names, kind, method=NS, layout=None, devices=None):
     """The compiled update, its results, and the shardings it began with."""
     mesh = jax.make_mesh(shape, names, (kind,) * len(names), devices=devices)

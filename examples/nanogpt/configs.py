@@ -174,6 +174,9 @@ PRESENTATION = {
     *("overwrite", "compare", "quiet", "data_dir"),
 }
 
+# Optimizers whose steps return to a norm of the weights.
+FIXED_NORM = {"muonh", "adamh", "spectral_sphere", "spel"}
+
 POSITIVE = (
     *("layers", "width", "head_dim", "context", "bpe_vocab", "shards", "steps"),
     *("batch_size", "accumulate", "log_every", "val_every", "val_windows"),
@@ -263,6 +266,11 @@ def resolve(config: Config) -> Config:
         raise ValueError(
             "`qk_clip` has no effect on the logits of normalized queries and keys: add "
             f"`--qk-norm 0`, or leave out `--qk-clip {config.qk_clip:g}`"
+        )
+    if config.qk_clip and config.optimizer in FIXED_NORM:
+        raise ValueError(
+            f"`{config.optimizer}` restores the norms that `qk_clip` lowers: leave out "
+            f"`--qk-clip {config.qk_clip:g}`, or choose another optimizer"
         )
     if config.sample and not config.prompt:
         raise ValueError("`prompt` must not be empty if `sample` is positive")

@@ -49,7 +49,9 @@ class Placement:
         if self.stack_size is not None:
             _check.static_int("stack_size", self.stack_size, 1)
         tree = jax.tree.map(
-            lambda leaf: getattr(leaf, "sharding", leaf), _paths.unboxed(self.sharding)
+            # That of a `jax.ShapeDtypeStruct` may be None, which is no leaf.
+            lambda leaf: getattr(leaf, "sharding", leaf) or leaf,
+            _paths.unboxed(self.sharding),
         )
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             named = isinstance(leaf, jax.NamedSharding)
@@ -57,7 +59,7 @@ class Placement:
                 raise TypeError(
                     "`sharding` must hold sharded arrays or `jax.NamedSharding`s, got "
                     f"{type(leaf).__name__} at '{_paths.path_name(path)}'. Pass the "
-                    "parameters, or jax.tree.map(lambda p: p.sharding, params)."
+                    "parameters, or the tree of their shardings."
                 )
         object.__setattr__(self, "sharding", tree)
 

@@ -51,8 +51,8 @@ def ema_lookahead(
 
     Args:
       inner: The whole optimizer, with its learning rate and routing. `optax.MultiSteps`
-        and `optax.apply_if_finite` go around this wrapper, not inside: it moves the
-        parameters in every update.
+        and around it `optax.apply_if_finite` go around this wrapper, not inside: it
+        moves the parameters in every update.
       strength: :math:`\beta`, not negative, or a schedule of the number of gradients
         before; pass schedules here, because `optax.inject_hyperparams` would be one
         update late. It should be 0 at the end of a run and in its first steps: the

@@ -72,9 +72,9 @@ def test_lookahead_goes_half_way_after_every_second_step(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_schedule_free_averages_what_the_optimizer_reaches(name):
-    rate, b1 = 0.05, 0.9
+    b1, rates = 0.9, (0.01, 0.02, 0.04, 0.04)  # a warmup, whose squares are weights
     tx = optimizer(name, momentum=0.0)  # the wrapper replaces it
-    free = optax.contrib.schedule_free(tx, rate, b1)
+    free = optax.contrib.schedule_free(tx, lambda t: jax.numpy.array(rates)[t - 1], b1)
     got, last = problems.run(free, PARAMS, GRADS)
 
     def mix(weight, a, b):
@@ -86,7 +86,8 @@ def test_schedule_free_averages_what_the_optimizer_reaches(name):
     for count, grads in enumerate(GRADS, 1):
         updates, state = tx.update(grads, state, y)
         z = optax.apply_updates(z, updates)
-        x = mix(1 / count, x, z)
+        weights = np.square(rates[:count])
+        x = mix(weights[-1] / weights.sum(), x, z)
         y = mix(b1, z, x)
         close(got[count - 1], y)
     close(optax.contrib.schedule_free_eval_params(last, got[-1]), x)

@@ -164,8 +164,10 @@ def test_no_head_is_above_the_threshold_after_the_step(name):
     )
     after = jax.tree.map(lambda p, u: p + np.asarray(u, np.float64), params, clipped)
     np.testing.assert_allclose(logits(after), np.minimum(found, limit), rtol=1e-5)
-    for leaf in params.keys() - shares.keys():
-        chex.assert_trees_all_equal(clipped[leaf], rounded(updates)[leaf])
+    for leaf, update in rounded(updates).items():
+        power = np.asarray(shares[leaf].power if leaf in shares else 0.0)
+        untouched = np.broadcast_to(power == 0, update.shape)
+        np.testing.assert_array_equal(clipped[leaf][untouched], update[untouched])
     lenient = om.qk_clip(lambda path, leaf: shares.get(path), 1e3)
     same, _ = lenient.update(
         rounded(updates), state, rounded(params), max_logits={"attn": found}
@@ -184,18 +186,6 @@ def test_groups_can_be_clipped_as_one():
     after = jax.tree.map(lambda p, u: p + np.asarray(u, np.float64), params, clipped)
     factors = np.minimum(1.0, limit / of_groups).repeat(H // G)
     np.testing.assert_allclose(logits(after), factors * found, rtol=1e-5)
-
-
-def test_values_of_a_fused_leaf_stay_as_they_are():
-    _, shares, params, updates, found, limit = problem("fused")
-    tx = om.qk_clip(lambda path, leaf: shares.get(path), limit)
-    given = rounded(updates)
-    clipped, _ = tx.update(
-        given, optax.EmptyState(), rounded(params), max_logits={"attn": found}
-    )
-    chex.assert_trees_all_equal(
-        clipped["qkv"][:, 2 * H * K :], given["qkv"][:, 2 * H * K :]
-    )
 
 
 @pytest.mark.parametrize("axes", [(0, 2), (1, 2), (2, 1), (-1, 0)])
@@ -313,7 +303,7 @@ def test_flax_boxes_are_named_like_their_content(boxed):
 def test_updates_without_a_leaf_of_the_parameters_are_refused():
     params, logits = one_tree(), {"attn": jnp.full(H, 1.0)}
     tx = om.qk_clip(one_layer)
-    with pytest.raises(ValueError, match="None"):
+    with pytest.raises(ValueError, match="Expected None, got Array"):
         tx.update(params | {"q": None}, tx.init(params), params, max_logits=logits)
 
 
@@ -357,7 +347,12 @@ def test_sharded_heads_need_no_exchange(shape, axis_type, logits_spec):
         compiled = jax.jit(update).lower(w, w, logits).compile()
     exchanges = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
     assert not any(name in compiled.as_text() for name in exchanges)
-    assert compiled(w, w, logits).sharding.is_equivalent_to(sharding, len(shape))
+    got = compiled(w, w, logits)
+    assert got.sharding.is_equivalent_to(sharding, len(shape))
+    gamma = np.minimum(1.0, LIMIT / np.maximum(np.arange(8.0), 1e-9))
+    factor = gamma.repeat(w.size // D // 8).reshape(1, *shape[1:])
+    want = (2 * factor**0.5 - 1) * np.asarray(w)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_bad_descriptions_are_refused_where_they_are_made():
