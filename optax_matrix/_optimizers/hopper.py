@@ -51,7 +51,9 @@ def hopper(
     ``orthogonalize=None`` and ``rms=None`` is `optax.adam`. One Newton-Schulz step
     returns a norm near 3.4 for every size of matrix, five steps return one that grows
     with the root of the smaller side. Matching the RMS removes this difference; without
-    it, a comparison over the number of steps compares step sizes.
+    it, a comparison over the number of steps compares step sizes. In reinforcement
+    learning of word problems by a small model, with tuned learning rates, one step and
+    five could not be told apart, and Hopper was as fast as Adam (docs/hopper.md).
 
     Args:
       learning_rate: :math:`\eta`, not negative, or a schedule; with ``rms=0.2``,

@@ -59,7 +59,7 @@ class Placement:
                 raise TypeError(
                     "`sharding` must hold sharded arrays or `jax.NamedSharding`s, got "
                     f"{type(leaf).__name__} at '{_paths.path_name(path)}'. Pass the "
-                    "parameters, or the tree of their shardings."
+                    "parameters, or jax.tree.map(lambda p: p.sharding, params)."
                 )
         object.__setattr__(self, "sharding", tree)
 

@@ -370,12 +370,15 @@ def test_bad_descriptions_are_refused_where_they_are_made():
     for heads in ([0, -1], [[0, 1]]):
         with pytest.raises(ValueError, match="a list of indices from 0"):
             om.QKProjection("attn", 1, heads=heads)  # type: ignore
-    with pytest.raises(TypeError, match=r"a function of \(path, leaf\), got None"):
-        om.qk_clip(None)  # type: ignore
-    with pytest.raises(ValueError, match="`threshold` must lie in"):
-        om.qk_clip(one_layer, 0.0)
-    with pytest.raises(TypeError, match="`threshold` must be a real number"):
-        om.qk_clip(one_layer, "100")  # type: ignore
+    for bad in (None, "attn", {}, {"q": om.QKProjection("attn", 1)}):
+        with pytest.raises(TypeError, match=r"`projections` must be a function"):
+            om.qk_clip(bad)  # type: ignore
+    for bad in (0.0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="`threshold` must lie in"):
+            om.qk_clip(one_layer, bad)
+    for bad in ("100", None, True, [1.0], np.ones(2), 1j, optax.constant_schedule(1.0)):
+        with pytest.raises(TypeError, match="`threshold` must be a real number"):
+            om.qk_clip(one_layer, bad)  # type: ignore
 
 
 @pytest.mark.parametrize(
@@ -396,9 +399,21 @@ def test_descriptions_that_do_not_fit_are_refused_by_init(spec, error, message):
         tx.init({"q": jnp.ones((D, H * K))})
 
 
-def test_integers_and_missing_parameters_are_refused():
-    with pytest.raises(TypeError, match="real floating arrays, got dtype int32 at 'q'"):
-        om.qk_clip(one_layer).init({"q": jnp.ones((D, H * K), jnp.int32)})
+@pytest.mark.parametrize("dtype", ["complex64", "int32", "bool"])
+def test_leaves_that_are_not_real_floating_are_refused(dtype):
+    tx = om.qk_clip(one_layer)
+    with pytest.raises(TypeError, match=f"arrays, got dtype {dtype} at 'q'"):
+        tx.init({"q": jnp.ones((D, H * K), dtype)})
+
+
+def test_leaves_without_entries_pass():
+    params, logits = {"q": jnp.ones((0, H * K)), "k": jnp.ones((D, 0))}, jnp.ones(H)
+    tx = om.qk_clip(one_layer, 0.5)
+    got, _ = tx.update(params, tx.init(params), params, max_logits={"attn": logits})
+    chex.assert_trees_all_equal(got, params)
+
+
+def test_missing_parameters_are_refused():
     params, tx = one_tree(), om.qk_clip(one_layer)
     with pytest.raises(ValueError, match="`qk_clip` needs the parameters"):
         tx.update(params, tx.init(params), max_logits={"attn": jnp.ones(H)})
