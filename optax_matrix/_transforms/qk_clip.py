@@ -174,7 +174,7 @@ def qk_clip(
     projections: Callable[[str, Any], QKProjection | None],
     threshold: ArrayLike = 100.0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Shrinks the query and key projections of heads with too large logits.
+    r"""Shrinks the query and key projections of heads whose logits are too large.
 
     With :math:`S_h` the largest attention logit of head :math:`h` in the batch,
     :math:`\tau` = ``threshold``, :math:`p` the power of an entry that belongs to
@@ -224,8 +224,8 @@ def qk_clip(
       A transformation without state that needs ``params`` and the extra argument
       ``max_logits``, a mapping from layers to arrays with :math:`S_h` of each head: the
       maximum over batch, positions and devices of what the softmax is taken of. It may
-      have more layers. Updates keep their shape and dtype. NaN and infinite logits make
-      the entries of their head NaN where the power is not 0.
+      have more layers. Updates keep their shape and dtype. A logit of NaN or
+      plus infinity makes the entries of its head NaN where the power is not 0.
 
     Raises:
       TypeError: At construction, if ``projections`` is not a function or ``threshold``
