@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.typing import DTypeLike
 
@@ -120,6 +121,8 @@ class StateRow:
       dtype: The name of its dtype.
       parameter_bytes: Its size.
       state_bytes: How much larger the state is than without it.
+      host_bytes: The part of `state_bytes` in the memory of the host, see
+        `offload_state`.
     """
 
     path: str
@@ -127,6 +130,7 @@ class StateRow:
     dtype: str
     parameter_bytes: int
     state_bytes: int
+    host_bytes: int = 0
 
     @property
     def ratio(self) -> float:
@@ -161,28 +165,37 @@ class StateDescription:
         return sum(row.state_bytes for row in self.rows) + self.shared_bytes
 
     @property
+    def host_bytes(self) -> int:
+        """Bytes of the state of the leaves in the memory of the host."""
+        return sum(row.host_bytes for row in self.rows)
+
+    @property
     def ratio(self) -> float:
         """Bytes of state per byte of parameters."""
         return _ratio(self.state_bytes, self.parameter_bytes)
 
     def __str__(self) -> str:
         """Returns the table, totals last."""
-        header = ("path", "shape", "dtype", "bytes", "state bytes", "ratio")
+        header = ("path", "shape", "dtype", "bytes", "state bytes", "ratio", "on host")
         rows = [
             (row.path, str(row.shape), row.dtype, *_sizes(row)) for row in self.rows
         ]
         totals = [
-            ("shared", "", "", "", f"{self.shared_bytes:,}", ""),
+            ("shared", "", "", "", f"{self.shared_bytes:,}", "", ""),
             ("total", f"{len(rows)} leaves", "", *_sizes(self)),
         ]
         if self.joint_bytes:
-            joint = ("of it joint", "", "", "", f"{self.joint_bytes:,}", "")
+            joint = ("of it joint", "", "", "", f"{self.joint_bytes:,}", "", "")
             totals.insert(1, joint)
-        return _table.aligned(header, rows, totals, right={3, 4, 5})
+        shown = len(header) if self.host_bytes else len(header) - 1
+        cells = [[row[:shown] for row in part] for part in ([header], rows, totals)]
+        return _table.aligned(cells[0][0], *cells[1:], right={3, 4, 5, 6})
 
 
-def _sizes(of: StateRow | StateDescription) -> tuple[str, str, str]:
-    return f"{of.parameter_bytes:,}", f"{of.state_bytes:,}", f"{of.ratio:.2f}"
+def _sizes(of: StateRow | StateDescription) -> tuple[str, ...]:
+    counts = of.parameter_bytes, of.state_bytes, of.host_bytes
+    parameter, state, host = (f"{count:,}" for count in counts)
+    return parameter, state, f"{of.ratio:.2f}", host
 
 
 def _ratio(state_bytes: int, parameter_bytes: int) -> float:
@@ -243,34 +256,45 @@ def describe_state(
     described = jax.eval_shape(lambda nodes: nodes, leaves)
     absent = [_paths.Absent(leaf.shape) for leaf in described]
 
-    def state(nodes: list[Any], which: str) -> int:
+    def state(nodes: list[Any], which: str) -> np.ndarray:
+        """Returns the bytes of the state, and those of them on the host."""
+        found = np.zeros(2, np.int64)
+
+        def init(tree: Any) -> None:
+            for leaf in map(jax.typeof, jax.tree.leaves(optimizer.init(tree))):
+                on_host = leaf.memory_space == jax.memory.Space.Host
+                found[:] += _bytes(leaf) * np.array([1, on_host])
+
         try:
-            tree = jax.eval_shape(optimizer.init, treedef.unflatten(nodes))
+            jax.eval_shape(init, treedef.unflatten(nodes))
         except Exception as error:
             error.add_note(f"`describe_state` called `init` with {which}.")
             raise
-        return sum(map(_bytes, jax.tree.leaves(tree)))
+        return found
 
     whole = state(described, "all leaves")
     none = state(absent, "every leaf left out")
     places = [place for place in _paths.places(params) if not place.empty]
-    rows = tuple(
-        StateRow(
+    rows, rest = [], whole
+    for i, (place, leaf) in enumerate(zip(places, described, strict=True)):
+        alone = state(
+            [*absent[:i], leaf, *absent[i + 1 :]],
+            f"every leaf but '{place.name}' left out",
+        )
+        own = alone - none
+        rest = rest - own
+        row = StateRow(
             path=place.name,
             shape=leaf.shape,
             dtype=str(leaf.dtype),
             parameter_bytes=_bytes(leaf),
-            state_bytes=state(
-                [*absent[:i], leaf, *absent[i + 1 :]],
-                f"every leaf but '{place.name}' left out",
-            )
-            - none,
+            state_bytes=int(own[0]),
+            host_bytes=int(own[1]),
         )
-        for i, (place, leaf) in enumerate(zip(places, described, strict=True))
-    )
-    shared = whole - sum(row.state_bytes for row in rows)
-    return StateDescription(rows, shared, joint_bytes=shared - none)
+        rows.append(row)
+    shared = int(rest[0])
+    return StateDescription(tuple(rows), shared, joint_bytes=shared - int(none[0]))
 
 
-def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
+def _bytes(leaf: Any) -> int:
     return math.prod(leaf.shape) * leaf.dtype.itemsize

@@ -31,6 +31,7 @@ TRANSFORMS = {
     "spectral_sphere_retract": {},
     "spectral_norm_cap": {"limit": 1.0},
     "stiefel_retract": {},
+    "offload_state": {"inner": om.ema_momentum()},
     "scale_by_sign": {},
     "scale_by_variance": {},
     "scale_by_noise": {},

@@ -419,10 +419,10 @@ def test_a_round_of_stacks_and_a_loop_agree():
 def test_state_of_a_matrix_is_what_the_docstring_says():
     params, m, n = {"w": problems.normal((5, 7))}, 5, 7
     numbers = {
-        om.soap_precondition: 2 * m * n + 2 * m * m + 2 * n * n,
-        om.shampoo_precondition: m * n + 2 * m * m + 2 * n * n,
-        om.kl_soap_precondition: 2 * m * n + 2 * m * m + 2 * n * n + m + n,
-        om.kl_shampoo_precondition: m * n + 2 * m * m + 2 * n * n + m + n,
+        om.soap_precondition: 2 * m * n + (3 * (m * m + n * n) + m + n) // 2,
+        om.shampoo_precondition: m * n + m * (m + 1) + n * (n + 1),
+        om.kl_soap_precondition: 2 * m * n + 3 * (m * m + n * n + m + n) // 2,
+        om.kl_shampoo_precondition: m * n + 3 * (m * m + n * n + m + n) // 2,
     }
     for transform, number in numbers.items():
         state = transform().init(params)

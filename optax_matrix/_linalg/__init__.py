@@ -24,6 +24,7 @@ from optax_matrix._linalg.newton_schulz import (
     restart_points,
 )
 from optax_matrix._linalg.numerics import at_least_float32, is_tall, unit_frobenius
+from optax_matrix._linalg.packed import pack, unpack
 from optax_matrix._linalg.polar import Exact, NewtonSchulz, PolarMethod, as_method
 from optax_matrix._linalg.rational import spd_inverse, zolotarev
 from optax_matrix._linalg.roots import (
@@ -58,6 +59,7 @@ __all__ = [
     "is_tall",
     "newton_schulz",
     "newton_schulz_flops",
+    "pack",
     "polar_express_rows",
     "positive_q_factor",
     "power_by_eigh",
@@ -67,5 +69,6 @@ __all__ = [
     "restart_points",
     "spd_inverse",
     "unit_frobenius",
+    "unpack",
     "zolotarev",
 ]

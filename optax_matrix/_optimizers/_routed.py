@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _check, _layout, _linalg, _routing, _transforms
-from optax_matrix._transforms import _arguments, _numerics
+from optax_matrix._transforms import _arguments, _moments, _numerics
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -19,8 +19,9 @@ weight_decay: :math:`\\lambda`, not negative, or a schedule: decoupled decay of 
   hidden matrices.
 weight_decay_mask: Which hidden matrices decay, as in `optax.add_decayed_weights`;
   None is all of them.
-mu_dtype: The dtype of the momentum in the state; None is float32, and float64 for
-  float64 parameters. With SOAP and KL-SOAP also that of the second moment.
+mu_dtype: The dtype of the momentum in the state, see `ema_momentum`; None is float32,
+  and float64 for float64 parameters. If it has 8 bits, and with SOAP and KL-SOAP, it
+  is also that of the second moment of each entry.
 routing: Which leaves are hidden matrices, and which of their axes are inputs and
   outputs: None for the rules for Flax trees, a function of (path, leaf), or a tree
   of labels; see `route`. Under `optax.inject_hyperparams` name a function in
@@ -114,20 +115,28 @@ def adam(
     mu_dtype: DTypeLike | None,
     name: str = "momentum",
 ) -> optax.GradientTransformation:
-    """Returns Adam's direction, checked, with statistics in float32.
+    """Returns Adam's direction, with statistics in float32 or 8 bits.
 
     `name` is that of the momentum in errors.
     """
     _arguments.number_or_schedule(name, momentum, 0.0, 1.0)
-    _arguments.number("b2", b2, 0.0, 1.0)
-    _arguments.number("eps", eps, 0.0, low_open=True)
-    mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
-    factory: Callable[..., optax.GradientTransformation] = optax.scale_by_adam
-    if callable(momentum):
-        # Optax's own has no schedules.
-        factory = optax.inject_hyperparams(factory, static_args=("mu_dtype",))
-    inner = factory(b1=momentum, b2=b2, eps=eps, mu_dtype=mu_dtype)
-    return _transforms.float32_statistics(inner)
+    return _transforms.scale_by_variance(
+        b2,
+        eps=eps,
+        inner=_transforms.ema_momentum(
+            momentum, nesterov=False, debias=True, mu_dtype=mu_dtype
+        ),
+        nu_dtype=nu_dtype(mu_dtype),
+    )
+
+
+def nu_dtype(mu_dtype: DTypeLike | None) -> str | None:
+    """Returns the dtype of second moments: None, or that of the momentum in 8 bits.
+
+    In bfloat16, where nothing is rounded stochastically, they would stop changing.
+    """
+    name = _arguments.moment_dtype("mu_dtype", mu_dtype)
+    return name if name in _moments.EIGHT_BITS else None
 
 
 def documented(factor: str) -> Callable[[Callable[P, T]], Callable[P, T]]:

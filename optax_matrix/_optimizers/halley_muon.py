@@ -84,7 +84,9 @@ def halley_muon(
             polar = optax.chain(polar, exact)
         return optax.chain(
             _transforms.ema_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype),
-            _transforms.scale_by_variance(b2, eps=eps),
+            _transforms.scale_by_variance(
+                b2, eps=eps, nu_dtype=_routed.nu_dtype(mu_dtype)
+            ),
             polar,
             _transforms.scale_by_neuron_variance(b2, layout=layout),
             _transforms.match_rms(rms, layout=layout),

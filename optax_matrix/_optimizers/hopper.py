@@ -72,7 +72,7 @@ def hopper(
       <common arguments>
 
     Returns:
-      An optimizer. The state is two float32 arrays per hidden matrix, and that of the
+      An optimizer. The state is two arrays per hidden matrix, and that of the
       auxiliary optimizer.
 
     Raises:
@@ -103,7 +103,9 @@ def hopper(
         return optax.chain(
             _transforms.ema_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype),
             polar,
-            _transforms.scale_by_variance(b2, eps=eps),
+            _transforms.scale_by_variance(
+                b2, eps=eps, nu_dtype=_routed.nu_dtype(mu_dtype)
+            ),
         )
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
@@ -160,7 +162,7 @@ def adamuon(
       <common arguments>
 
     Returns:
-      An optimizer. The state is two float32 arrays per hidden matrix, and that of the
+      An optimizer. The state is two arrays per hidden matrix, and that of the
       auxiliary optimizer.
 
     Raises:
@@ -181,7 +183,9 @@ def adamuon(
             _transforms.orthogonalize(
                 orthogonalize, layout=layout, placement=placement
             ),
-            _transforms.scale_by_variance(b2, eps=eps, debias=False),
+            _transforms.scale_by_variance(
+                b2, eps=eps, debias=False, nu_dtype=_routed.nu_dtype(mu_dtype)
+            ),
             _transforms.match_rms(rms, layout=layout),
             _routed.decayed(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),

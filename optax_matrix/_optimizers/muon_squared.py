@@ -73,7 +73,13 @@ def muon_squared(
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(
-            _transforms.scale_by_variance(b2, eps=eps, debias=False, inner=average),
+            _transforms.scale_by_variance(
+                b2,
+                eps=eps,
+                debias=False,
+                inner=average,
+                nu_dtype=_routed.nu_dtype(mu_dtype),
+            ),
             _transforms.orthogonalize(
                 orthogonalize, layout=layout, placement=placement
             ),

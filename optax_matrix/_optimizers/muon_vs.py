@@ -65,7 +65,11 @@ def muon_vs(
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(
             _transforms.scale_by_noise(
-                momentum, gamma=gamma, eps=eps, mu_dtype=mu_dtype
+                momentum,
+                gamma=gamma,
+                eps=eps,
+                mu_dtype=mu_dtype,
+                nu_dtype=_routed.nu_dtype(mu_dtype),
             ),
             _transforms.orthogonalize(
                 orthogonalize, layout=layout, placement=placement

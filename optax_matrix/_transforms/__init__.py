@@ -29,6 +29,7 @@ from optax_matrix._transforms.oblique_tangent import (
     ObliqueTangentState,
     oblique_tangent,
 )
+from optax_matrix._transforms.offload_state import offload_state
 from optax_matrix._transforms.orthogonalize import orthogonalize
 from optax_matrix._transforms.orthogonalize_cached import orthogonalize_cached
 from optax_matrix._transforms.orthogonalize_exact import orthogonalize_exact
@@ -111,6 +112,7 @@ __all__ = [
     "mixed_momentum",
     "normalize_frobenius",
     "oblique_tangent",
+    "offload_state",
     "orthogonalize",
     "orthogonalize_cached",
     "orthogonalize_exact",

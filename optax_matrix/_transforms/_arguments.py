@@ -9,6 +9,7 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_matrix import _check
+from optax_matrix._transforms import _moments
 
 
 def number(
@@ -67,11 +68,13 @@ def transformation(name: str, value: Any) -> None:
         )
 
 
-def state_dtype(name: str, value: DTypeLike | None) -> str | None:
+def state_dtype(
+    name: str, value: DTypeLike | None, more: tuple[str, ...] = ()
+) -> str | None:
     """Returns the name of a dtype for state; None is that of the arithmetic.
 
     Raises:
-      ValueError: If the dtype is not bfloat16, float32 or float64.
+      ValueError: If the dtype is not bfloat16, float32 or float64, or one of `more`.
     """
     if value is None:
         return None
@@ -79,5 +82,14 @@ def state_dtype(name: str, value: DTypeLike | None) -> str | None:
         value = jnp.dtype(value).name
     except TypeError:
         pass  # `one_of` names the argument.
-    _check.one_of(name, value, ("bfloat16", "float32", "float64"))
+    _check.one_of(name, value, ("bfloat16", "float32", "float64", *more))
     return str(value)
+
+
+def moment_dtype(name: str, value: DTypeLike | None) -> str | None:
+    """Returns the name of a dtype for moments, see `_moments`.
+
+    Raises:
+      ValueError: If it is not one for state, nor int8 or float8_e4m3fn.
+    """
+    return state_dtype(name, value, tuple(_moments.EIGHT_BITS))

@@ -10,11 +10,13 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _layout, _linalg, _placement
-from optax_matrix._transforms import _arguments, _numerics, _preconditioner
+from optax_matrix._transforms import _arguments, _moments, _numerics, _preconditioner
+from optax_matrix._transforms._moments import Moment
 from optax_matrix._transforms._preconditioner import (
     Health,
     MatrixRule,
     Preconditioner,
+    Scalars,
 )
 
 
@@ -61,21 +63,22 @@ class SOAP(EigenbasisSettings):
 class Side(NamedTuple):
     """State of one side of a matrix."""
 
-    statistic: Array  # L or R, (m, m)
+    statistic: Array  # L or R, packed
     basis: Array  # Q, its eigenvectors, (m, m); zero before the first refresh
     # Running inverse square roots of its eigenvalues, (m,); only of the KL rules.
     scale: Array | None
     health: Health
 
 
-Momentum: TypeAlias = Any  # (m, n), or a tuple of them in `whiten_momentum`
+# Of an m×n matrix; a tuple of them in `whiten_momentum`.
+Momentum: TypeAlias = Any
 
 
 class Moments(NamedTuple):
     """Moments of a matrix in its two bases; None for a side is the identity."""
 
     momentum: Momentum
-    variance: Array | None  # (m, n)
+    variance: Moment | None  # of squares
     left: Side | None
     right: Side | None
 
@@ -92,7 +95,7 @@ class InBases:
         if not kept:
             return None
         zeros = jnp.zeros((size, size), self.settings.factor_dtype or dtype)
-        return Side(zeros, zeros, None, _preconditioner.healthy())
+        return Side(_linalg.pack(zeros), zeros, None, _preconditioner.healthy())
 
     def rotated(self, x: Array, left: Side | None, right: Side | None) -> Array:
         """Returns Q_Lᵀ x Q_R."""
@@ -116,7 +119,7 @@ class InBases:
 
     def observed(self, side: Side, outer: Array, decay: ArrayLike) -> Side:
         """Returns the side with one more outer product in the average."""
-        statistic = average(side.statistic, outer, decay)
+        statistic = average(side.statistic, _linalg.pack(outer), decay)
         return side._replace(statistic=statistic.astype(side.statistic.dtype))
 
     def renewed(
@@ -135,7 +138,8 @@ class InBases:
         """
         if side is None:
             return None, None
-        statistic, old = _wide(side.statistic), _wide(side.basis)
+        statistic = _linalg.unpack(_wide(side.statistic))
+        old = _wide(side.basis)
         same = jnp.arange(old.shape[-1])
         if first:
             # There is no last good basis yet.
@@ -154,12 +158,18 @@ class InBases:
             jnp.where(good, order, same),
         )
 
+    def zero_moment(self, m: int, n: int, dtype: DTypeLike) -> Moment:
+        """Returns a moment of zeros as it is kept."""
+        return _moments.zeros(jnp.zeros((m, n), dtype), self.mu_dtype)
+
     def carried(
-        self, state: Moments, left: Side | None, right: Side | None
+        self, state: Moments, left: Side | None, right: Side | None, scalars: Scalars
     ) -> Momentum:
         """Returns the momentum in new bases."""
-        momentum = self.rotated_back(_wide(state.momentum), state.left, state.right)
-        return self.rotated(momentum, left, right).astype(state.momentum.dtype)
+        momentum = _moments.read(state.momentum)
+        momentum = self.rotated_back(momentum, state.left, state.right)
+        momentum = self.rotated(momentum, left, right)
+        return _moments.write(momentum, state.momentum, scalars["count"])
 
     def apply(self, direction: Array, state: Moments) -> Array:
         """Returns the direction: a refresh acts from the next update on."""
@@ -172,9 +182,12 @@ class InBases:
         return float(sum(size**3 for size, side in kept if side))
 
 
-def average(old: Array, new: Array, decay: ArrayLike) -> Array:
-    """Returns a moving average in the dtype of `new`."""
-    return _numerics.moving_average(old.astype(new.dtype), new, decay)
+def average(
+    old: Moment, new: Array, decay: ArrayLike, *, square: bool = False
+) -> Array:
+    """Returns a moving average in the dtype of `new`; of squares, see `_moments`."""
+    old = _moments.read(old, new.dtype, square=square)
+    return _numerics.moving_average(old, new, decay)
 
 
 def _wide(x: Array) -> Array:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from optax_matrix._transforms import _eigenbases, _numerics, _preconditioner
+from optax_matrix._transforms import _eigenbases, _moments, _numerics, _preconditioner
 from optax_matrix._transforms._eigenbases import (
     EigenbasisSettings,
     InBases,
@@ -64,7 +64,7 @@ class KLRule(InBases):
                 for size, kept in zip((m, n), self.settings.sides(m, n), strict=True)
             )
         )
-        zeros = jnp.zeros((m, n), self.mu_dtype or dtype)
+        zeros = self.zero_moment(m, n, dtype)
         return Moments(zeros, zeros if self.with_variance else None, left, right)
 
     def observe(
@@ -87,10 +87,12 @@ class KLRule(InBases):
             direction = momentum * scale / (1 + eps * scale)
         else:
             wide = _eigenbases.average(
-                state.variance, jnp.square(inside), scalars["b2"]
+                state.variance, jnp.square(inside), scalars["b2"], square=True
             )
             direction = momentum / (jnp.sqrt(wide) + eps)
-            variance = wide.astype(state.variance.dtype)
+            variance = _moments.write(
+                wide, state.variance, scalars["count"], square=True
+            )
 
         # Nothing is known of the other side when the first gradient is seen.
         for_left = jnp.where(first, g, across * by_right)
@@ -98,7 +100,7 @@ class KLRule(InBases):
         of_left = jnp.mean(jnp.square(inside * by_right), axis=1)
         of_right = jnp.mean(jnp.square(inside * by_left), axis=0)
         return self.rotated_back(direction, left, right), Moments(
-            momentum.astype(state.momentum.dtype),
+            _moments.write(momentum, state.momentum, scalars["count"]),
             variance,
             self._scaled(left, for_left, of_left, scalars),
             self._scaled(right, for_right, of_right, scalars),
@@ -121,12 +123,11 @@ class KLRule(InBases):
 
     def refresh(self, state: Moments, scalars: Scalars, first: bool) -> Moments:
         """Refreshes both bases, and takes the momentum into them."""
-        del scalars
         left, _ = self.renewed(state.left, first, sort=False)
         right, _ = self.renewed(state.right, first, sort=False)
         if first:
             return state._replace(left=self._level(left), right=self._level(right))
-        momentum = self.carried(state, left, right)
+        momentum = self.carried(state, left, right, scalars)
         return Moments(momentum, state.variance, left, right)
 
     def _level(self, side: Side | None) -> Side | None:

@@ -10,6 +10,8 @@ from jax.typing import ArrayLike
 
 from optax_matrix import _linalg
 from optax_matrix._layout import MatrixView
+from optax_matrix._transforms import _moments
+from optax_matrix._transforms._moments import Moment
 
 
 def wide(x: jax.Array) -> jax.Array:
@@ -32,13 +34,10 @@ def value_at(value: optax.ScalarOrSchedule, count: Any) -> ArrayLike:
     return value(count) if callable(value) else value
 
 
-def zero_momentum(params: optax.Params, mu_dtype: str | None) -> optax.Updates:
-    """Returns zeros for a moving average of updates like `params`."""
+def zero_moments(params: optax.Params, dtype: str | None) -> Any:
+    """Returns zeros for a moving average of updates like `params`; see `_moments`."""
 
-    def zeros(p: jax.Array) -> jax.Array:
-        return jnp.zeros_like(p, dtype=mu_dtype or wide_dtype(p))
-
-    return jax.tree.map(zeros, params)
+    return jax.tree.map(lambda p: _moments.zeros(p, dtype), params)
 
 
 def next_count(count: jax.Array) -> jax.Array:
@@ -55,9 +54,9 @@ def moving_average(old: jax.Array, new: jax.Array, decay: ArrayLike) -> jax.Arra
 def moving_averages(old: Any, updates: Any, decay: ArrayLike) -> Any:
     """Returns the moving average of every leaf, in the dtype of statistics."""
 
-    def average(g: jax.Array, m: jax.Array) -> jax.Array:
+    def average(g: jax.Array, m: Moment) -> jax.Array:
         g = wide(g)
-        return moving_average(m.astype(g.dtype), g, decay)
+        return moving_average(_moments.read(m, g.dtype), g, decay)
 
     return jax.tree.map(average, updates, old)
 
@@ -75,9 +74,13 @@ def mixture(
     return moving_average(total, g, share)
 
 
-def stored(new: Any, like: Any) -> Any:
-    """Returns each leaf of `new` in the dtype of the same leaf of `like`."""
-    return jax.tree.map(lambda x, old: x.astype(old.dtype), new, like)
+def stored(new: Any, like: Any, count: jax.Array, *, square: bool = False) -> Any:
+    """Returns each moment of `new` in the form of that of `like`; see `_moments`."""
+
+    def one(x: jax.Array, old: Moment) -> Moment:
+        return _moments.write(x, old, count, square=square)
+
+    return jax.tree.map(one, new, like)
 
 
 def bias_correction(decay: ArrayLike, count: jax.Array, like: jax.Array) -> jax.Array:

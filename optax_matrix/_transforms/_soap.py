@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from optax_matrix._transforms import _eigenbases, _numerics, _preconditioner
+from optax_matrix._transforms import _eigenbases, _moments, _numerics, _preconditioner
 from optax_matrix._transforms._eigenbases import InBases, Moments, Side
+from optax_matrix._transforms._moments import Moment
 from optax_matrix._transforms._preconditioner import Scalars
 
 
@@ -18,7 +19,7 @@ class SoapRule(InBases):
     def init(self, m: int, n: int, dtype: DTypeLike) -> Moments:
         """Returns zero moments, statistics and bases."""
         left, right = self.settings.sides(m, n)
-        zeros = jnp.zeros((m, n), self.mu_dtype or dtype)
+        zeros = self.zero_moment(m, n, dtype)
         return Moments(
             zeros, zeros, self.side(m, left, dtype), self.side(n, right, dtype)
         )
@@ -34,7 +35,7 @@ class SoapRule(InBases):
         inside = self.rotated(seen, left, right)
         momentum = _eigenbases.average(state.momentum, inside, scalars["momentum"])
         variance = _eigenbases.average(
-            self.variance(state), jnp.square(inside), scalars["b2"]
+            self.variance(state), jnp.square(inside), scalars["b2"], square=True
         )
         terms = jnp.maximum(scalars["count"], 1)
         scale = jnp.sqrt(_numerics.bias_correction(scalars["b2"], terms, g))
@@ -42,8 +43,8 @@ class SoapRule(InBases):
         eps = _numerics.as_scalar(scalars["eps"], g)
         direction = scale * momentum / (jnp.sqrt(variance) + eps)
         return self.rotated_back(direction, left, right), Moments(
-            momentum.astype(state.momentum.dtype),
-            variance.astype(self.variance(state).dtype),
+            _moments.write(momentum, state.momentum, scalars["count"]),
+            self.kept_variance(variance, state, scalars),
             *self.observed_sides(g, state, scalars),
         )
 
@@ -60,23 +61,29 @@ class SoapRule(InBases):
 
     def refresh(self, state: Moments, scalars: Scalars, first: bool) -> Moments:
         """Refreshes both bases, and takes the moments into them."""
-        del scalars
         left, rows = self.renewed(state.left, first, sort=True)
         right, columns = self.renewed(state.right, first, sort=True)
         if first:  # there are no moments yet
             return state._replace(left=left, right=right)
-        variance = self.variance(state)
+        variance = _moments.read(self.variance(state), square=True)
         if rows is not None:
             variance = jnp.take(variance, rows, axis=0)
         if columns is not None:
             variance = jnp.take(variance, columns, axis=1)
-        return Moments(self.carried(state, left, right), variance, left, right)
+        momentum = self.carried(state, left, right, scalars)
+        variance = self.kept_variance(variance, state, scalars)
+        return Moments(momentum, variance, left, right)
 
     def flops(self, m: int, n: int) -> int:
         """Returns the FLOPs of the statistics and of the rotations there and back."""
         return _preconditioner.update_flops(m, n, self.settings.sides(m, n), 2)
 
-    def variance(self, state: Moments) -> Array:
+    def variance(self, state: Moments) -> Moment:
         """Returns the second moment, which this rule always has."""
         assert state.variance is not None
         return state.variance
+
+    def kept_variance(self, new: Array, state: Moments, scalars: Scalars) -> Moment:
+        """Returns the second moment as it is kept."""
+        old = self.variance(state)
+        return _moments.write(new, old, scalars["count"], square=True)

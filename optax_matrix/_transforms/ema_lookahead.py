@@ -86,7 +86,7 @@ def ema_lookahead(
     def init(params: optax.Params) -> EmaLookaheadState:
         _layout.check_all_floating(params)
         count = jnp.zeros((), jnp.int32)
-        zeros = _numerics.zero_momentum(params, None)
+        zeros = _numerics.zero_moments(params, None)
         return EmaLookaheadState(count, zeros, at(count), wrapped.init(params))
 
     def update(updates, state, params=None, **extra_args):

@@ -47,9 +47,11 @@ def ema_momentum(
         `optax.contrib.muon` does. With ``nesterov`` this changes the mix of the two
         in the first steps, so it changes Muon's trajectory. With a schedule the
         weights are those of its present value, as in `optax.inject_hyperparams`.
-      mu_dtype: The dtype of :math:`M`: bfloat16, float32 or float64. None is float32,
-        and float64 for float64 updates. bfloat16 halves the state and rounds it at
-        every step.
+      mu_dtype: The dtype of :math:`M`: bfloat16, float32 or float64, and int8 or
+        float8_e4m3fn for 8 bits per entry, in blocks of 32 with a scale each, which are
+        rounded stochastically (docs/memory.md). Arrays none of whose axes has a
+        multiple of 32 entries have no blocks. None is float32, and float64 for float64
+        updates.
 
     Returns:
       A transformation for leaves of any shape. Updates keep their shape and dtype;
@@ -63,16 +65,17 @@ def ema_momentum(
 
     References:
       Jordan et al., 2024, `Muon <https://kellerjordan.github.io/posts/muon/>`_;
-      nesterov momentum in Adam's form: Dozat, 2016.
+      nesterov momentum in Adam's form: Dozat, 2016; blocks of 8 bits: Rouhani et al.,
+      2023, `arXiv:2310.10537 <https://arxiv.org/abs/2310.10537>`_.
     """
     _arguments.number_or_schedule("momentum", momentum, 0.0, 1.0)
     _check.boolean("nesterov", nesterov)
     _check.boolean("debias", debias)
-    mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
+    mu_dtype = _arguments.moment_dtype("mu_dtype", mu_dtype)
 
     def init(params: optax.Params) -> EmaMomentumState:
         _layout.check_all_floating(params)
-        zeros = _numerics.zero_momentum(params, mu_dtype)
+        zeros = _numerics.zero_moments(params, mu_dtype)
         return EmaMomentumState(jnp.zeros((), jnp.int32), zeros)
 
     def update(updates, state, params=None, **extra_args):
@@ -93,7 +96,7 @@ def ema_momentum(
 
         averages = _numerics.moving_averages(state.momentum, updates, decay)
         ahead = jax.tree.map(look_ahead, updates, averages)
-        kept = _numerics.stored(averages, state.momentum)
+        kept = _numerics.stored(averages, state.momentum, count)
         return ahead, EmaMomentumState(count, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -44,7 +44,7 @@ def kl_shampoo_precondition(
 
     Returns:
       A transformation, as `soap_precondition`. The state of an m×n matrix is
-      mn + 2m² + 2n² + m + n numbers.
+      mn + 3(m² + m + n² + n)/2 numbers.
 
     Raises:
       ValueError: As `soap_precondition`.
@@ -54,7 +54,7 @@ def kl_shampoo_precondition(
       As `kl_soap_precondition`.
     """
     _check.instance("preconditioner", preconditioner, KL)
-    mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
+    mu_dtype = _arguments.moment_dtype("mu_dtype", mu_dtype)
     return _eigenbases.transformation(
         KLRule(preconditioner, mu_dtype, with_variance=False),
         preconditioner,

@@ -33,7 +33,7 @@ def kl_soap_precondition() -> None:
 
     Returns:
       A transformation, as `soap_precondition`. The state of an m×n matrix is
-      2mn + 2m² + 2n² + m + n numbers.
+      2mn + 3(m² + m + n² + n)/2 numbers.
 
     Raises:
       ValueError: As `soap_precondition`.

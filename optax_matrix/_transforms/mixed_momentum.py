@@ -67,11 +67,11 @@ def mixed_momentum(
     """
     _arguments.mixture(decays, weights)
     _arguments.number_or_schedule("momentum", momentum, 0.0, 1.0)
-    mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
+    mu_dtype = _arguments.moment_dtype("mu_dtype", mu_dtype)
 
     def init(params: optax.Params) -> MixedMomentumState:
         _layout.check_all_floating(params)
-        zeros = tuple(_numerics.zero_momentum(params, mu_dtype) for _ in decays)
+        zeros = tuple(_numerics.zero_moments(params, mu_dtype) for _ in decays)
         return MixedMomentumState(jnp.zeros((), jnp.int32), zeros)
 
     def update(updates, state, params=None, **extra_args):
@@ -89,8 +89,9 @@ def mixed_momentum(
             )
             for old, decay in zip(state.momenta, decays, strict=True)
         )
+        count = _numerics.next_count(state.count)
         mixture = jax.tree.map(mixed, updates, *averages)
-        kept = _numerics.stored(averages, state.momenta)
-        return mixture, MixedMomentumState(_numerics.next_count(state.count), kept)
+        kept = _numerics.stored(averages, state.momenta, count)
+        return mixture, MixedMomentumState(count, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -8,7 +8,8 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_matrix import _layout, _linalg, _placement
-from optax_matrix._transforms import _arguments, _numerics
+from optax_matrix._transforms import _arguments, _moments, _numerics
+from optax_matrix._transforms._moments import Moment
 from optax_matrix._transforms.orthogonalize import orthogonalize
 
 
@@ -73,36 +74,36 @@ def orthogonalize_with_feedback(
     """
     whole = orthogonalize(method, layout=layout, placement=placement)
     _arguments.number_or_schedule("momentum", momentum, 0.0, 1.0)
-    mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
+    mu_dtype = _arguments.moment_dtype("mu_dtype", mu_dtype)
 
     def init(params: optax.Params) -> OrthogonalizeWithFeedbackState:
         _layout.tree_views(layout, params)  # Raises for a leaf that does not fit.
         whole.init(params)
-        zeros = _numerics.zero_momentum(params, mu_dtype)
+        zeros = _numerics.zero_moments(params, mu_dtype)
         return OrthogonalizeWithFeedbackState(jnp.zeros((), jnp.int32), zeros)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         decay = _numerics.value_at(momentum, state.count)
 
-        def add(g: jax.Array, m: jax.Array) -> jax.Array:
+        def add(g: jax.Array, m: Moment) -> jax.Array:
             g = _numerics.wide(g)
-            return m.astype(g.dtype) + g
+            return _moments.read(m, g.dtype) + g
 
         def feed_back(
-            view: _layout.MatrixView, u: jax.Array, m: jax.Array, old: jax.Array
+            view: _layout.MatrixView, u: jax.Array, m: jax.Array
         ) -> jax.Array:
             size = jnp.abs(_numerics.wide(u))
             taken = view.expand(view.sum(size, outputs=False)) != 0
             taken &= view.expand(view.sum(size, inputs=False)) != 0
-            kept = jnp.where(taken, _numerics.as_scalar(decay, m) * m, m)
-            return kept.astype(old.dtype)
+            return jnp.where(taken, _numerics.as_scalar(decay, m) * m, m)
 
         total = jax.tree.map(add, updates, state.momentum)
         given = jax.tree.map(lambda m, g: m.astype(g.dtype), total, updates)
         done, _ = whole.update(given, optax.EmptyState())
-        kept = _layout.tree_map(feed_back, layout, done, total, state.momentum)
+        left = _layout.tree_map(feed_back, layout, done, total)
         count = _numerics.next_count(state.count)
+        kept = _numerics.stored(left, state.momentum, count)
         return done, OrthogonalizeWithFeedbackState(count, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -8,7 +8,8 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _layout
-from optax_matrix._transforms import _arguments, _numerics
+from optax_matrix._transforms import _arguments, _moments, _numerics
+from optax_matrix._transforms._moments import Moment
 
 
 class ScaleByNoiseState(NamedTuple):
@@ -16,7 +17,7 @@ class ScaleByNoiseState(NamedTuple):
 
     count: jax.Array  # int32, updates seen so far
     momentum: Any  # M, with the shape of a leaf, float32 or `mu_dtype`
-    variance: Any  # V, with the shape of a leaf, float32
+    variance: Any  # V, with the shape of a leaf, float32 or `nu_dtype`
 
 
 def scale_by_noise(
@@ -25,6 +26,7 @@ def scale_by_noise(
     gamma: ArrayLike | None = None,
     eps: ArrayLike = 1e-8,
     mu_dtype: DTypeLike | None = None,
+    nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces each update by its momentum, divided by the noise of each entry.
 
@@ -54,8 +56,8 @@ def scale_by_noise(
         signal. 0 takes signs; a large one approaches None up to a constant factor,
         which an orthogonalization removes. None divides by the noise alone.
       eps: :math:`\epsilon`, positive, in the unit of the update, outside the root.
-      mu_dtype: See `ema_momentum`; :math:`V` is always float32 (float64 for float64
-        updates).
+      mu_dtype: The dtype of :math:`M`, see `ema_momentum`.
+      nu_dtype: The dtype of :math:`V`, see `scale_by_variance`.
 
     Returns:
       A transformation for leaves of any shape. Updates keep their shape and dtype;
@@ -64,7 +66,7 @@ def scale_by_noise(
 
     Raises:
       ValueError: At construction, for numbers outside these ranges, or another
-        ``mu_dtype``.
+        ``mu_dtype`` or ``nu_dtype``.
       TypeError: At construction, for arguments of another type; at ``init``, for leaves
         that are not real floating, with their paths.
 
@@ -82,14 +84,15 @@ def scale_by_noise(
     if gamma is not None:
         _arguments.number("gamma", gamma, 0.0)
     _arguments.number("eps", eps, 0.0, low_open=True)
-    mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
+    mu_dtype = _arguments.moment_dtype("mu_dtype", mu_dtype)
+    nu_dtype = _arguments.moment_dtype("nu_dtype", nu_dtype)
 
     def init(params: optax.Params) -> ScaleByNoiseState:
         _layout.check_all_floating(params)
         return ScaleByNoiseState(
             jnp.zeros((), jnp.int32),
-            _numerics.zero_momentum(params, mu_dtype),
-            _numerics.zero_momentum(params, None),
+            _numerics.zero_moments(params, mu_dtype),
+            _numerics.zero_moments(params, nu_dtype),
         )
 
     def update(updates, state, params=None, **extra_args):
@@ -97,11 +100,12 @@ def scale_by_noise(
         count = _numerics.next_count(state.count)
         decay = _numerics.value_at(momentum, state.count)
 
-        def average(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
+        def average(g: jax.Array, m: Moment, v: Moment) -> jax.Array:
             g = _numerics.wide(g)
-            deviation = m.astype(g.dtype) - g
+            deviation = _moments.read(m, g.dtype) - g
             square = _numerics.as_scalar(decay, g) * jnp.square(deviation)
-            return _numerics.moving_average(v, square, decay)
+            old = _moments.read(v, g.dtype, square=True)
+            return _numerics.moving_average(old, square, decay)
 
         def rescale(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
             weights = _numerics.bias_correction(decay, count, m)
@@ -118,7 +122,8 @@ def scale_by_noise(
         variance = jax.tree.map(average, updates, state.momentum, state.variance)
         averages = _numerics.moving_averages(state.momentum, updates, decay)
         scaled = jax.tree.map(rescale, updates, averages, variance)
-        kept = _numerics.stored(averages, state.momentum)
+        kept = _numerics.stored(averages, state.momentum, count)
+        variance = _numerics.stored(variance, state.variance, count, square=True)
         return scaled, ScaleByNoiseState(count, kept, variance)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -5,17 +5,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _check, _layout
-from optax_matrix._transforms import _arguments, _numerics
+from optax_matrix._transforms import _arguments, _moments, _numerics
+from optax_matrix._transforms._moments import Moment
 
 
 class ScaleByVarianceState(NamedTuple):
     """State of `scale_by_variance`."""
 
     count: jax.Array  # int32, updates seen so far
-    variance: Any  # V, with the shape of a leaf, float32
+    variance: Any  # V, with the shape of a leaf, float32 or `nu_dtype`
     inner: optax.OptState  # of the transformation whose updates are divided
 
 
@@ -25,6 +26,7 @@ def scale_by_variance(
     eps: ArrayLike = 1e-8,
     debias: bool = True,
     inner: optax.GradientTransformation | None = None,
+    nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divides each entry by the running RMS of that entry of the incoming updates.
 
@@ -53,14 +55,18 @@ def scale_by_variance(
       eps: :math:`\epsilon`, positive, in the unit of the update, outside the root.
       debias: Whether to divide by :math:`1 - \beta^t`. AdaMuon's paper does not.
       inner: The transformation whose updates are divided. None: the incoming updates.
+      nu_dtype: The dtype of :math:`V`, as ``mu_dtype`` of `ema_momentum`. In bfloat16 a
+        variance with a ``b2`` near 1 stops changing; in 8 bits it does not, and its
+        root is what has them.
 
     Returns:
       A transformation for leaves of any shape. Updates keep their shape and dtype and
-      have entries of size about 1; the state is one float32 array per leaf (float64 for
-      float64 leaves), and that of ``inner``.
+      have entries of size about 1; the state is one array per leaf, and that of
+      ``inner``.
 
     Raises:
-      ValueError: At construction, for numbers outside these ranges.
+      ValueError: At construction, for numbers outside these ranges, or another
+        ``nu_dtype``.
       TypeError: At construction, for arguments of another type; at ``init``, for leaves
         that are not real floating, with their paths.
 
@@ -71,6 +77,7 @@ def scale_by_variance(
     _arguments.number("b2", b2, 0.0, 1.0)
     _arguments.number("eps", eps, 0.0, low_open=True)
     _check.boolean("debias", debias)
+    nu_dtype = _arguments.moment_dtype("nu_dtype", nu_dtype)
     if inner is None:
         inner = optax.identity()
     _arguments.transformation("inner", inner)
@@ -78,19 +85,18 @@ def scale_by_variance(
 
     def init(params: optax.Params) -> ScaleByVarianceState:
         _layout.check_all_floating(params)
-
-        def zeros(p: jax.Array) -> jax.Array:
-            return jnp.zeros_like(p, dtype=_numerics.wide_dtype(p))
-
+        zeros = _numerics.zero_moments(params, nu_dtype)
         return ScaleByVarianceState(
-            jnp.zeros((), jnp.int32), jax.tree.map(zeros, params), divided.init(params)
+            jnp.zeros((), jnp.int32), zeros, divided.init(params)
         )
 
     def update(updates, state, params=None, **extra_args):
         count = _numerics.next_count(state.count)
 
-        def average(u: jax.Array, v: jax.Array) -> jax.Array:
-            return _numerics.moving_average(v, jnp.square(_numerics.wide(u)), b2)
+        def average(u: jax.Array, v: Moment) -> jax.Array:
+            square = jnp.square(_numerics.wide(u))
+            old = _moments.read(v, square.dtype, square=True)
+            return _numerics.moving_average(old, square, b2)
 
         def rescale(u: jax.Array, v: jax.Array) -> jax.Array:
             if debias:
@@ -101,6 +107,7 @@ def scale_by_variance(
         variance = jax.tree.map(average, updates, state.variance)
         given, inner_state = divided.update(updates, state.inner, params, **extra_args)
         scaled = jax.tree.map(rescale, given, variance)
-        return scaled, ScaleByVarianceState(count, variance, inner_state)
+        kept = _numerics.stored(variance, state.variance, count, square=True)
+        return scaled, ScaleByVarianceState(count, kept, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -11,7 +11,8 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _check, _layout, _linalg, _placement
-from optax_matrix._transforms import _arguments, _numerics, _preconditioner
+from optax_matrix._transforms import _arguments, _moments, _numerics, _preconditioner
+from optax_matrix._transforms._moments import Moment
 from optax_matrix._transforms._preconditioner import Health, Preconditioner, Scalars
 
 
@@ -96,15 +97,15 @@ class Shampoo(Preconditioner):
 class RootSide(NamedTuple):
     """State of one side of a matrix."""
 
-    statistic: Array  # L or R, (m, m)
-    root: Array  # its power, (m, m); the identity before the first refresh
+    statistic: Array  # L or R, packed
+    root: Array  # its power, packed; the identity before the first refresh
     health: Health
 
 
 class ShampooMatrix(NamedTuple):
     """State of one matrix; a side that is left out is None."""
 
-    momentum: Array | None  # (m, n)
+    momentum: Moment | None
     left: RootSide | None
     right: RootSide | None
 
@@ -120,10 +121,11 @@ class ShampooRule:
 
     def init(self, m: int, n: int, dtype: DTypeLike) -> ShampooMatrix:
         """Returns zero statistics, and the identity for both roots."""
-        momentum = jnp.zeros((m, n), self.mu_dtype or dtype)
+        momentum = _moments.zeros(jnp.zeros((m, n), dtype), self.mu_dtype)
 
         def side(size: int) -> RootSide:
             eye = jnp.eye(size, dtype=self.settings.factor_dtype or dtype)
+            eye = _linalg.pack(eye)
             return RootSide(jnp.zeros_like(eye), eye, _preconditioner.healthy())
 
         left, right = (
@@ -142,8 +144,8 @@ class ShampooRule:
         momentum = state.momentum
         if momentum is not None:
             b1 = scalars["momentum"]
-            mu = _numerics.moving_average(_numerics.wide(momentum), g, b1)
-            momentum = mu.astype(momentum.dtype)
+            mu = _numerics.moving_average(_moments.read(momentum, g.dtype), g, b1)
+            momentum = _moments.write(mu, momentum, scalars["count"])
             g = mu / _numerics.bias_correction(b1, _seen(scalars), g)
         return g, ShampooMatrix(momentum, left, right)
 
@@ -153,6 +155,7 @@ class ShampooRule:
         if side is None:
             return None
         outer = jnp.matmul(g, g.T, precision=self.settings.precision)
+        outer = _linalg.pack(outer)
         old = _numerics.wide(side.statistic)
         if self.summed:
             new = old + outer
@@ -176,7 +179,8 @@ class ShampooRule:
     ) -> RootSide | None:
         if side is None or exponent is None:
             return None
-        settings, a = self.settings, _numerics.wide(side.statistic)
+        settings = self.settings
+        a = _linalg.unpack(_numerics.wide(side.statistic))
         if not self.summed:
             a = a / _numerics.bias_correction(scalars["b2"], _seen(scalars), a)
         if settings.root == "eigh":
@@ -189,17 +193,18 @@ class ShampooRule:
         health = _preconditioner.after_refresh(side.health, good, settings.max_failures)
         # A zero statistic has no root, which is not a failure.
         use = good & jnp.any(a != 0)
-        root = jnp.where(use, found.value.astype(side.root.dtype), side.root)
+        new = _linalg.pack(found.value).astype(side.root.dtype)
+        root = jnp.where(use, new, side.root)
         return RootSide(side.statistic, root, health)
 
     def apply(self, direction: Array, state: ShampooMatrix) -> Array:
         """Multiplies the direction by the roots of both sides."""
         x, precision = direction, self.settings.precision
         if state.right is not None:
-            root = state.right.root.astype(x.dtype)
+            root = _linalg.unpack(state.right.root.astype(x.dtype))
             x = jnp.matmul(x, root, precision=precision)
         if state.left is not None:
-            root = state.left.root.astype(x.dtype)
+            root = _linalg.unpack(state.left.root.astype(x.dtype))
             x = jnp.matmul(root, x, precision=precision)
         return x
 
@@ -256,8 +261,7 @@ def shampoo_precondition(
       refresh: Number of updates from one computation of the roots to the next, at
         least 1.
       preconditioner: All other settings, see `Shampoo`.
-      mu_dtype: The dtype of :math:`M` in the state: bfloat16, float32 or float64. None
-        is float32, and float64 for float64 updates.
+      mu_dtype: The dtype of :math:`M` in the state, see `ema_momentum`.
       layout: Which axes of a leaf are the matrix, see `MatrixLayout`. None: the last
         two are (inputs, outputs). Each matrix of a stack has its own state.
       placement: Where leaves lie on a mesh with auto axes, see `Placement`.
@@ -265,7 +269,8 @@ def shampoo_precondition(
     Returns:
       A transformation for leaves with at least two axes. Updates keep their shape and
       dtype; all arithmetic is in float32, or float64 for float64. The state of an m×n
-      matrix is mn + 2m² + 2n² numbers. A statistic that is zero at a refresh leaves
+      matrix is mn + m(m+1) + n(n+1) numbers, because of the symmetric statistics and
+      roots it has one triangle. A statistic that is zero at a refresh leaves
       its root as it was, the identity at first.
 
     Raises:
@@ -298,7 +303,7 @@ def shampoo_precondition(
         preconditioner,
         momentum is not None,
         b2 is None,
-        _arguments.state_dtype("mu_dtype", mu_dtype),
+        _arguments.moment_dtype("mu_dtype", mu_dtype),
     )
     given = {
         "momentum": momentum,

@@ -50,8 +50,8 @@ def soap_precondition(
         least 1.
       preconditioner: All other settings, see `SOAP`; with those of `KL` this is
         `kl_soap_precondition`.
-      mu_dtype: The dtype of :math:`M` and :math:`V` in the state: bfloat16, float32 or
-        float64. None is float32, and float64 for float64 updates.
+      mu_dtype: The dtype of :math:`M` and :math:`V` in the state, see `ema_momentum`.
+        Of the dtypes with 8 bits, float8_e4m3fn keeps small entries better.
       layout: Which axes of a leaf are the matrix, see `MatrixLayout`. None: the last
         two are (inputs, outputs). Each matrix of a stack has its own state.
       placement: Where leaves lie on a mesh with auto axes, see `Placement`.
@@ -59,7 +59,8 @@ def soap_precondition(
     Returns:
       A transformation for leaves with at least two axes. Updates keep their shape and
       dtype; all arithmetic is in float32, or float64 for float64. The state of an m×n
-      matrix is 2mn + 2m² + 2n² numbers.
+      matrix is 2mn + (3m² + m + 3n² + n)/2 numbers: of a symmetric statistic it has one
+      triangle.
 
     Raises:
       ValueError: At construction, for numbers outside these ranges; at ``init``, if a
@@ -80,7 +81,7 @@ def soap_precondition(
       and https://github.com/nikhilvyas/SOAP. Differs: weight decay is another stage.
     """
     _check.instance("preconditioner", preconditioner, SOAP, KL)
-    mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
+    mu_dtype = _arguments.moment_dtype("mu_dtype", mu_dtype)
     return _eigenbases.transformation(
         rule_of(preconditioner, mu_dtype),
         preconditioner,

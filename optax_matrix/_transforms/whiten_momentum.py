@@ -44,7 +44,7 @@ class WhitenedMomentumRule(SoapRule):
         seen = scalars["count"] > 0
         inside = self.rotated(ahead, state.left, state.right) * seen.astype(g.dtype)
         variance = _eigenbases.average(
-            self.variance(state), jnp.square(inside), scalars["b2"]
+            self.variance(state), jnp.square(inside), scalars["b2"], square=True
         )
         eps = _numerics.as_scalar(scalars["eps"], g)
         white = inside / jnp.maximum(jnp.sqrt(variance), eps)
@@ -52,14 +52,16 @@ class WhitenedMomentumRule(SoapRule):
         norms = [jnp.maximum(self.schatten4(x), eps) for x in (ahead, white)]
         direction = jnp.where(seen, white * (norms[0] / norms[1]), ahead)
         return direction, Moments(
-            _numerics.stored(momenta, state.momentum),
-            variance.astype(self.variance(state).dtype),
+            _numerics.stored(momenta, state.momentum, scalars["count"]),
+            self.kept_variance(variance, state, scalars),
             *self.observed_sides(g, state, scalars),
         )
 
-    def carried(self, state: Moments, left: object, right: object) -> Momentum:
+    def carried(
+        self, state: Moments, left: object, right: object, scalars: Scalars
+    ) -> Momentum:
         """Returns the momentum, which is not in the bases."""
-        del left, right
+        del left, right, scalars
         return state.momentum
 
     def schatten4(self, x: Array) -> Array:
@@ -141,7 +143,7 @@ def whiten_momentum(
       <https://github.com/KellerJordan/modded-nanogpt/pull/339>`_.
     """
     _check.instance("preconditioner", preconditioner, SOAP)
-    mu_dtype = _arguments.state_dtype("mu_dtype", mu_dtype)
+    mu_dtype = _arguments.moment_dtype("mu_dtype", mu_dtype)
     if (decays is None) != (weights is None):
         raise ValueError(
             "`decays` and `weights` must be given together, got "

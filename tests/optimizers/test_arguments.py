@@ -17,7 +17,7 @@ NAN = float("nan")
 NO_NUMBERS = ("0.9", True, [0.1], {"a": 0.1}, np.ones(2), 1j, NAN, jnp.float32(NAN))
 NO_INTEGERS = ("3", True, 2.5, np.float32(2), [3])
 NO_BOOLEANS = ("no", 1, jnp.array(True))
-NO_DTYPES = ("int8", "nonsense", "float16", 3)
+NO_DTYPES = ("int16", "nonsense", "float16", 3)
 NO_SETTINGS = ({}, "soap", om.SOAP, om.Preconditioner(), ("stagger", True))
 NO_TRANSFORMATIONS = ("adamw", {}, optax.adamw, 3, (optax.identity(),))
 
@@ -74,6 +74,7 @@ BAD = {
     "method": ("nonsense", 3, True, om.NewtonSchulz),
     "momentum": in_unit(),
     "mu_dtype": NO_DTYPES,
+    "nu_dtype": NO_DTYPES,
     "nesterov": NO_BOOLEANS,
     "normalization": ("max", 3, True),
     "of": ("rows", 2, True),

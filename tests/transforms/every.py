@@ -13,6 +13,7 @@ MADE = {
     "ema_lookahead": lambda: om.ema_lookahead(om.ema_momentum()),
     "float32_statistics": lambda: om.float32_statistics(optax.scale_by_adam()),
     "graft_to": lambda: om.graft_to(om.ema_momentum(), om.normalize_frobenius()),
+    "offload_state": lambda: om.offload_state(om.ema_momentum()),
     "precondition_then_orthogonalize": lambda: om.precondition_then_orthogonalize(
         om.soap_precondition()
     ),

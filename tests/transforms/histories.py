@@ -93,3 +93,22 @@ def turns(changed, refresh):
     np.testing.assert_array_equal(whole.sum(axis=1), 1)
     np.testing.assert_array_equal(whole, np.stack([whole[0]] * rounds))
     return (np.argmax(whole[0], axis=0) + 1) % refresh
+
+
+def symmetric(packed):
+    """Whole symmetric matrices (..., m, m) from those that a state has packed.
+
+    Entry by entry: with h = ⌈m/2⌉, (i, j) of the lower triangle is in column j, below
+    what the other half puts there, if j < h, and else at the transposed place of the
+    second half.
+    """
+    packed = np.asarray(packed)
+    rows, h = packed.shape[-2:]
+    m = 2 * h - (rows != 2 * h + 1)
+    even = 1 - m % 2
+    whole = np.zeros((*packed.shape[:-2], m, m), packed.dtype)
+    for i in range(m):
+        for j in range(i + 1):
+            place = (i + even, j) if j < h else (j - h, i - h + 1 - even)
+            whole[..., i, j] = whole[..., j, i] = packed[..., *place]
+    return whole
