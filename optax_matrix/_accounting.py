@@ -73,7 +73,8 @@ def describe_placement(
             for place in places
         ]
     )
-    place = _placement.as_placement(placement)
+    preconditions = isinstance(method, Preconditioner)
+    place = _placement.as_placement(placement, periodic=not preconditions)
     leaves = _placement.resolve(matrices, fitted, place)
     if isinstance(method, Preconditioner):
         rule = _transforms.rule_of(method)
@@ -102,6 +103,7 @@ def describe_placement(
         lambda m, n, dtype: 0,
         transposable=bool(getattr(polar, "transposable", False)),
         stack_size=place.stack_size,
+        period=place.period,
     )
 
 

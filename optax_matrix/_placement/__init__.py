@@ -36,6 +36,7 @@ to another mesh.
 from optax_matrix._placement.cost import PlacementDescription, describe_groups
 from optax_matrix._placement.execute import init_states, map_matrices
 from optax_matrix._placement.groups import make_plans
+from optax_matrix._placement.pieces import map_pieces, to_whole
 from optax_matrix._placement.placement import Leaf, Placement, as_placement, resolve
 from optax_matrix._placement.relay import relay_state
 from optax_matrix._placement.stacks import (
@@ -59,6 +60,7 @@ __all__ = [
     "init_states",
     "make_plans",
     "map_matrices",
+    "map_pieces",
     "map_stack",
     "map_stacks",
     "matrix_counts",
@@ -66,4 +68,5 @@ __all__ = [
     "resolve",
     "split_like",
     "stack_size",
+    "to_whole",
 ]

@@ -59,10 +59,15 @@ class PlacementDescription:
       flops: The FLOPs of the busiest device. It is less than the sum over groups if
         their busiest owners are different devices. It is an upper bound if the owners
         of some groups span other mesh axes than those of others.
+      period: Every how many updates all this is done, see `Placement`.
+      piece_flops: The FLOPs of a device in each of the other updates, which have no
+        exchange.
     """
 
     groups: tuple[GroupCost, ...]
     flops: float
+    period: int = 1
+    piece_flops: float = 0.0
 
     @property
     def totals(self) -> dict[str, float]:
@@ -96,8 +101,15 @@ class PlacementDescription:
             )
             for group in self.groups
         ]
-        last = ("total", "", "", "", *_cells(self.totals))
-        return _table.aligned(header, rows, [last], right=range(len(header)))
+        totals = [("total", "", "", "", *_cells(self.totals))]
+        if self.period > 1:
+            pieces = dict.fromkeys(self.totals, 0.0)
+            pieces |= {"flops": self.piece_flops, "even_flops": self.piece_flops}
+            pieces["state_bytes"] = self.totals["state_bytes"]
+            totals.append(("of pieces", "", "", "", *_cells(pieces)))
+            whole = f"whole in 1 of {self.period}"
+            totals[0] = (whole, *totals[0][1:])
+        return _table.aligned(header, rows, totals, right=range(len(header)))
 
 
 def _cells(cost: dict[str, float]) -> tuple[str, ...]:
@@ -120,6 +132,7 @@ def describe_groups(
     *,
     transposable: bool,
     stack_size: int | None,
+    period: int = 1,
 ) -> PlacementDescription:
     """Counts what `map_matrices` costs each device, by the formulas of
     docs/sharding.md.
@@ -130,21 +143,31 @@ def describe_groups(
       state_bytes: The bytes of the state of one matrix.
       transposable: As for `map_matrices`.
       stack_size: As for `map_matrices`.
+      period: See `Placement`.
     """
-    costs, busiest = [], 0.0
+    costs, busiest, of_pieces = [], 0.0, 0.0
     for where, plan in make_plans(leaves, transposable, stack_size):
         if plan is None:
             some = [leaves[i] for i in where]
             found = _without_mesh(some, flops, state_bytes, transposable)
             busiest += sum(cost.flops for cost in found)
+            of_pieces += sum(cost.flops for cost in found)
         else:
             found = [
                 _cost(group, plan.mesh.size // group.owners, flops, state_bytes)
                 for group in plan.groups
             ]
             busiest += _busiest(plan.groups, found)
+            here = [
+                Leaf(leaves[i].value, view, None)
+                for i, view in zip(where, plan.views, strict=True)
+            ]
+            local = _without_mesh(here, flops, state_bytes, transposable)
+            of_pieces += sum(cost.flops for cost in local)
         costs += found
-    return PlacementDescription(tuple(costs), busiest)
+    return PlacementDescription(
+        tuple(costs), busiest, period, of_pieces if period > 1 else 0.0
+    )
 
 
 def _busiest(groups: Sequence[Group], costs: Sequence[GroupCost]) -> float:

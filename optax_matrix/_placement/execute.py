@@ -62,7 +62,7 @@ def map_matrices(
         if plan is None:
             arrays = tuple(map(_mesh.gathered, arrays))
             views = tuple(leaf.view for leaf in some)
-            done, state = _on_one_device(
+            done, state = on_one_device(
                 work, views, transposable, arrays, state, scalars
             )
             done = map(_mesh.like, done, (leaf.value for leaf in some))
@@ -99,7 +99,7 @@ def init_states(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _on_one_device(
+def on_one_device(
     work: Work,
     views: tuple[MatrixView, ...],
     transposable: bool,

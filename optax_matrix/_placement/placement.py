@@ -28,11 +28,23 @@ class Placement:
         in one batched product, or receives in one exchange, at least 1. 1 is a loop,
         which is fastest on CPU; larger stacks take more memory. None: 1 on CPU and
         stacks of 2²⁶ entries elsewhere, and exchanges of up to 1 GiB per device.
+      period: Every how many updates `orthogonalize` works on whole matrices, at least
+        1, beginning with the first. In all others, every device orthogonalizes the
+        pieces that it holds as if they were matrices, without an exchange (MuonBP).
+      piece_scale: The learning rate of these other updates over that of the first, not
+        negative. Before it, they are scaled to the RMS that polar factors of the whole
+        matrices have.
 
     Raises:
-      TypeError: At construction, if ``sharding`` has leaves that are neither, or
-        ``stack_size`` is not an int.
-      ValueError: At construction, if ``stack_size`` is below 1.
+      TypeError: At construction, if ``sharding`` has leaves that are neither, a count
+        is not an int, or ``piece_scale`` is not a number.
+      ValueError: At construction, if a count is below 1, or ``piece_scale`` is negative
+        or not finite.
+
+    References:
+      ``period``: Khaled et al., 2025, MuonBP, `arXiv:2510.16981
+      <https://arxiv.org/abs/2510.16981>`_, where ``piece_scale`` is the ratio of the
+      two learning rates.
 
     Example:
       >>> import jax
@@ -43,11 +55,17 @@ class Placement:
 
     sharding: Any = None
     stack_size: int | None = None
+    period: int = 1
+    piece_scale: float = 1.0
 
     def __post_init__(self) -> None:
         """Stores the shardings of the parameters instead of the parameters."""
         if self.stack_size is not None:
             _check.static_int("stack_size", self.stack_size, 1)
+        _check.static_int("period", self.period, 1)
+        _check.static_number("piece_scale", self.piece_scale)
+        _check.in_range("piece_scale", self.piece_scale, 0.0)
+        object.__setattr__(self, "piece_scale", float(self.piece_scale))
         tree = jax.tree.map(
             # That of a `jax.ShapeDtypeStruct` may be None, which is no leaf.
             lambda leaf: getattr(leaf, "sharding", leaf) or leaf,
@@ -85,15 +103,26 @@ class Placement:
         ]
 
 
-def as_placement(placement: Placement | None) -> Placement:
+def as_placement(placement: Placement | None, *, periodic: bool = False) -> Placement:
     """Returns the placement, or the default one for None.
+
+    Args:
+      placement: The placement.
+      periodic: Whether the user can work on pieces of matrices.
 
     Raises:
       TypeError: If it is something else, such as a tree of parameters.
+      ValueError: If it has a period, and the user needs whole matrices.
     """
     if placement is None:
         return Placement()
     _check.instance("placement", placement, Placement)
+    if placement.period > 1 and not periodic:
+        raise ValueError(
+            "`placement` must have period 1 for a stage that needs whole matrices in "
+            f"every update, got {placement.period}. Stages that only orthogonalize "
+            "can have another one."
+        )
     return placement
 
 

@@ -2,13 +2,20 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optax_matrix import _layout, _linalg, _placement
-from optax_matrix._transforms import _stateless
+from optax_matrix._transforms import _numerics, _stateless
+
+
+class OrthogonalizeState(NamedTuple):
+    """State of `orthogonalize` with a `Placement` that has a ``period``."""
+
+    count: jax.Array  # int32, updates seen so far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +56,13 @@ def orthogonalize(
         two are (inputs, outputs). Each matrix of a stack is orthogonalized separately.
       placement: Where leaves lie on a mesh with auto axes, and the size of stacks, see
         `Placement`. None: infer shardings from explicit axes and choose the size of
-        stacks automatically.
+        stacks automatically. With a ``period``, most updates take the polar factors of
+        what each device holds of a matrix.
 
     Returns:
-      A transformation without state. Updates keep their shape and dtype. Zero matrices
-      stay zero; NaN or Inf in one matrix does not affect the others.
+      A transformation without state, but for a counter with a ``period``. Updates keep
+      their shape and dtype. Zero matrices stay zero; NaN or Inf in one matrix does not
+      affect the others.
 
     Raises:
       ValueError: At construction, for an unknown method; at ``init``, if a leaf does
@@ -63,29 +72,43 @@ def orthogonalize(
 
     Sharding:
       Any. Each matrix has one owner, a device that receives the matrix whole in one
-      exchange for all matrices of a shape, and sends the result back in another. See
-      docs/sharding.md.
+      exchange for all matrices of a shape, and sends the result back in another. With a
+      ``period`` the updates between have no exchange. See docs/sharding.md.
     """
     if method is None:
         return _stateless.unchanged()
     polar = _linalg.as_method(method)
-    place = _placement.as_placement(placement)
+    place = _placement.as_placement(placement, periodic=True)
+    work = Polar(polar, place.stack_size)
     transposable = bool(getattr(polar, "transposable", False))
 
-    def init(params: optax.Params) -> optax.EmptyState:
+    def init(params: optax.Params) -> OrthogonalizeState | optax.EmptyState:
         leaves = _placement.resolve(params, layout, place)
         # Raises what `update` would raise.
         _placement.make_plans(leaves, transposable, place.stack_size)
-        return optax.EmptyState()
+        if place.period == 1:
+            return optax.EmptyState()
+        return OrthogonalizeState(jnp.zeros((), jnp.int32))
+
+    def whole(leaves: Sequence[_placement.Leaf]) -> list[jax.Array]:
+        return _placement.map_matrices(
+            work, leaves, transposable=transposable, stack_size=place.stack_size
+        )[0]
+
+    def pieces(leaves: Sequence[_placement.Leaf]) -> list[jax.Array]:
+        done = _placement.map_pieces(work, leaves, transposable=transposable)
+        scales = [place.piece_scale * scale for scale in _placement.to_whole(leaves)]
+        return [x * jnp.asarray(s, x.dtype) for x, s in zip(done, scales, strict=True)]
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        done, _ = _placement.map_matrices(
-            Polar(polar, place.stack_size),
-            _placement.resolve(updates, layout, place),
-            transposable=transposable,
-            stack_size=place.stack_size,
-        )
+        leaves = _placement.resolve(updates, layout, place)
+        if place.period == 1:
+            done = whole(leaves)
+        else:
+            due = state.count % place.period == 0
+            done = jax.lax.cond(due, lambda: whole(leaves), lambda: pieces(leaves))
+            state = OrthogonalizeState(_numerics.next_count(state.count))
         return jax.tree.unflatten(jax.tree.structure(updates), done), state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -72,6 +72,7 @@ def orthogonalize_with_feedback(
       selects on each device by default, among the inputs or outputs that are sharded;
       this is its ``selection_scope="global"``.
     """
+    _placement.as_placement(placement)  # Refuses a period.
     whole = orthogonalize(method, layout=layout, placement=placement)
     _arguments.number_or_schedule("momentum", momentum, 0.0, 1.0)
     mu_dtype = _arguments.moment_dtype("mu_dtype", mu_dtype)

@@ -73,6 +73,7 @@ def stiefel_retract(
       Optimization Algorithms on Matrix Manifolds, section 4.1.
     """
     _check.one_of("method", method, ("polar", "qr"))
+    _placement.as_placement(placement)  # Refuses a period.
     project = orthogonalize(
         _POLAR if method == "polar" else _QFactor(), layout=layout, placement=placement
     )

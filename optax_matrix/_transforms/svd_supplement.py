@@ -53,6 +53,7 @@ def svd_supplement(
       That of `Exact` in one of ``every`` updates, and nothing in the others.
     """
     _check.whole_number("every", every, 1)
+    _placement.as_placement(placement)  # Refuses a period.
     return optax.conditionally_transform(
         orthogonalize("exact", layout=layout, placement=placement),
         lambda step, **extra_args: jnp.mod(step, every) == 0,

@@ -68,6 +68,7 @@ def tangent_orthogonalize(
       but always as many bisections.
     """
     _check.static_int("bisections", bisections, 1)
+    _placement.as_placement(placement)  # Refuses a period.
     balanced = orthogonalize(
         _linalg.Balanced(_linalg.as_method(method), bisections),
         layout=layout,
