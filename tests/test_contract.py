@@ -76,7 +76,8 @@ OTHERS = {
     *("describe", "describe_placement", "describe_state", "make_optimizer"),
     *("hessian_vector_product", "newton_step"),
     *("evaluation_params", "partition", "polar_express_rows", "relay_state"),
-    "qk_clip",  # needs an extra argument: tests/transforms/test_qk_clip.py
+    # Have special needs, and files of their own in tests/transforms.
+    *("qk_clip", "orthogonalize_factors"),
     *("route", "tree_map"),
 }
 STATELESS = {

@@ -33,6 +33,7 @@ from optax_matrix._transforms.offload_state import offload_state
 from optax_matrix._transforms.orthogonalize import orthogonalize
 from optax_matrix._transforms.orthogonalize_cached import orthogonalize_cached
 from optax_matrix._transforms.orthogonalize_exact import orthogonalize_exact
+from optax_matrix._transforms.orthogonalize_factors import orthogonalize_factors
 from optax_matrix._transforms.orthogonalize_halley import orthogonalize_halley
 from optax_matrix._transforms.orthogonalize_newton_schulz import (
     orthogonalize_newton_schulz,
@@ -116,6 +117,7 @@ __all__ = [
     "orthogonalize",
     "orthogonalize_cached",
     "orthogonalize_exact",
+    "orthogonalize_factors",
     "orthogonalize_halley",
     "orthogonalize_newton_schulz",
     "orthogonalize_with_feedback",

@@ -34,11 +34,12 @@ def _is_transformation(name):
     )
 
 
-# `qk_clip` needs an extra argument in every update: its own file has all of its tests.
+# These need extra arguments or pairs of leaves: their own files have all their tests.
+APART = {"qk_clip", "orthogonalize_factors"}
 TRANSFORMS: dict[str, Callable[..., optax.GradientTransformation]] = {
     name: MADE[name] if name in MADE else getattr(om, name)
     for name in om.__all__
-    if _is_transformation(name) and name != "qk_clip"
+    if _is_transformation(name) and name not in APART
 }
 OPTIMIZERS = {name: om.OPTIMIZERS[name] for name in sorted(om.MATRIX_OPTIMIZERS)}
 
