@@ -171,20 +171,19 @@ def matched_entropy(run: Job, other: Job) -> float:
 
 
 def late_change(run: Job, others: Sequence[Job]) -> float:
-    """What validation gains from the peak of an arm to the last 60 steps.
+    """What validation gains from the best 60 steps of an arm to its last 60 steps.
 
-    The peak is that of the mean of the other seeds, because the highest of a run's own
-    evaluations is lucky.
+    The best are before the last, and those of the mean of the other seeds, because the
+    best of a run's own evaluations are lucky.
     """
-    means = [
-        statistics.mean(point["all"] for point in points)
-        for points in zip(*(other["validation"] for other in others), strict=True)
-    ]
-    peak = others[0]["validation"][means.index(max(means))]["step"]
     last = run["validation"][-1]["step"]
-    return between(run, all_kinds, last - 60, last) - between(
-        run, all_kinds, peak - 10, peak + 10
-    )
+
+    def until(of: Job, end: float) -> float:
+        return between(of, all_kinds, end - 60, end)
+
+    ends = [p["step"] for p in run["validation"] if 60 <= p["step"] <= last - 60]
+    best = max(ends, key=lambda end: sum(until(other, end) for other in others))
+    return until(run, last) - until(run, best)
 
 
 # --------------------------------------------------------------------- answers
@@ -294,7 +293,7 @@ def answers_of(runs: Sequence[Job]) -> list[Answer]:
     add("arithmetic when parallelism is learned, Hopper less Adam", found, **below)
 
     claim = "Training declines late"
-    change = "validation, last 60 steps less the peak"
+    change = "validation, last 60 steps less the best 60 before"
     late = {}
     for arm in LONG_ARMS:
         runs_of = of(arm, "long")
