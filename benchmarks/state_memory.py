@@ -3,11 +3,12 @@
     python -m benchmarks.state_memory losses --out RUNS.jsonl
     OPENBLAS_NUM_THREADS=1 python -m benchmarks.state_memory seconds --out SECONDS.json
     python -m benchmarks.state_memory table --out RUNS.jsonl --seconds SECONDS.json
+    python -m benchmarks.state_memory peak --config gpt2-small --way int8
 
 `losses` trains nanoGPT with moments in several dtypes; the same command continues the
 file, each line of which is a run. `seconds` measures training steps, with nothing else
-running: the ways take turns of ten steps. On a GPU it also says how much memory the
-steps needed, which is what `om.offload_state` is for.
+running: the ways take turns of ten steps. `peak` prints the most memory that ten steps
+by Muon took on a GPU or TPU, one way per process.
 """
 
 import argparse
@@ -30,34 +31,52 @@ from benchmarks.jobs import Job
 from benchmarks.trial import Trial
 from examples.nanogpt import configs, record, train
 
-OPTIMIZERS = ("muon", "hopper", "soap")
-DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
+# The dtypes of each optimizer's momentum; SOAP refuses int8.
+DTYPES = {
+    "muon": ("float32", "bfloat16", "int8", "float8_e4m3fn"),
+    "hopper": ("float32", "bfloat16", "int8", "float8_e4m3fn"),
+    "soap": ("float32", "bfloat16", "float8_e4m3fn"),
+}
+OFFLOADED = "float32, offloaded"
 SEEDS = (1, 2, 3)
 STEPS, TURN = 250, 10
 
 
-def config_of(optimizer: str, dtype: str, **fields: Any) -> configs.Config:
-    """Returns the configuration `tiny` with an optimizer at its default rate."""
+def config_of(
+    optimizer: str, dtype: str, preset: str = "tiny", **fields: Any
+) -> configs.Config:
+    """Returns a configuration with an optimizer at its default rate."""
     return dataclasses.replace(
-        configs.TINY, optimizer=optimizer, settings={"mu_dtype": dtype}, steps=STEPS,
-        val_windows=1024, val_every=STEPS, sample=0, checkpoint_every=0, quiet=True,
+        configs.PRESETS[preset],
+        optimizer=optimizer,
+        settings={"mu_dtype": dtype},
+        sample=0,
+        checkpoint_every=0,
+        quiet=True,
         **fields,
-    )  # fmt: skip
+    )
 
 
 def all_jobs() -> list[Job]:
     """Returns the runs, the dtypes side by side."""
     return [
         {"optimizer": optimizer, "seed": seed, "mu_dtype": dtype}
-        for optimizer in OPTIMIZERS
+        for optimizer, dtypes in DTYPES.items()
         for seed in SEEDS
-        for dtype in DTYPES
+        for dtype in dtypes
     ]
 
 
 def do(job: Job) -> dict[str, Any]:
     """Does one run."""
-    config = config_of(job["optimizer"], job["mu_dtype"], seed=job["seed"])
+    config = config_of(
+        job["optimizer"],
+        job["mu_dtype"],
+        seed=job["seed"],
+        steps=STEPS,
+        val_windows=1024,
+        val_every=STEPS,
+    )
     found = train.train(config)
     return {
         "lr": configs.resolve(config).lr,
@@ -75,32 +94,37 @@ def bytes_per_entry(optimizer: str, dtype: str) -> float:
     return row.state_bytes / math.prod(row.shape)
 
 
-def ways(optimizer: str) -> dict[str, optax.GradientTransformation]:
-    """Returns an optimizer with every dtype, and with its state on the host."""
-    found: dict[str, optax.GradientTransformation] = {
-        dtype: train.make_optimizer(config_of(optimizer, dtype)) for dtype in DTYPES
-    }
-    return found | {"float32, offloaded": om.offload_state(found["float32"])}
+def trial(optimizer: str, way: str, preset: str) -> Trial:
+    """Returns training that keeps the state of an optimizer in some way."""
+    dtype = way.removesuffix(", offloaded")
+    config = configs.resolve(config_of(optimizer, dtype, preset, val_windows=16))
+    tx: optax.GradientTransformation = train.make_optimizer(config)
+    return Trial(config, om.offload_state(tx) if way == OFFLOADED else tx)
+
+
+def peak(way: str, preset: str) -> str:
+    """Returns the most memory that ten steps by Muon took, and all of the state."""
+    training = trial("muon", way, preset)
+    training.advance(TURN)
+    stats = jax.devices()[0].memory_stats()
+    if not stats:
+        return "this device does not say how much memory it used"
+    state = _bytes_by_memory(training.state.optimizer)
+    return f"{way}: peak {stats['peak_bytes_in_use']:,} bytes, state {state}"
 
 
 def seconds(preset: str, turns: int) -> dict[str, Any]:
     """Returns, by optimizer and way, the seconds of a step, and its memory."""
     result: dict[str, Any] = {}
-    for optimizer in OPTIMIZERS:
-        config = dataclasses.replace(
-            configs.PRESETS[preset], optimizer=optimizer, val_windows=16
-        )
-        trials = {
-            way: Trial(configs.resolve(config), tx)
-            for way, tx in ways(optimizer).items()
-        }
-        for trial in trials.values():
-            trial.advance(TURN)  # compiles, and computes the first bases
+    for optimizer, dtypes in DTYPES.items():
+        trials = {way: trial(optimizer, way, preset) for way in (*dtypes, OFFLOADED)}
+        for training in trials.values():
+            training.advance(TURN)  # compiles, and computes the first bases
         found: dict[str, list[float]] = {way: [] for way in trials}
         for _ in range(turns):
-            for way, trial in trials.items():
+            for way, training in trials.items():
                 gc.collect()
-                found[way].append(trial.advance(TURN) / TURN)
+                found[way].append(training.advance(TURN) / TURN)
         result[optimizer] = {
             way: {
                 "seconds": statistics.median(times),
@@ -129,8 +153,8 @@ def table(runs: Sequence[Job], measured: dict[str, Any]) -> str:
     columns += ["less float32", "step over float32"]
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     losses = {(r["optimizer"], r["mu_dtype"], r["seed"]): r["loss"] for r in runs}
-    for optimizer in OPTIMIZERS:
-        for dtype in DTYPES:
+    for optimizer, dtypes in DTYPES.items():
+        for dtype in dtypes:
             mine, plain = (
                 [losses[optimizer, x, seed] for seed in SEEDS]
                 for x in (dtype, "float32")
@@ -143,6 +167,9 @@ def table(runs: Sequence[Job], measured: dict[str, Any]) -> str:
             cells += ["" if dtype == "float32" else f"{mean:+.4f} ± {half:.4f}"]
             cells += [f"{measured[optimizer][dtype]['over_float32']:.2f}"]
             lines.append(f"| {' | '.join(cells)} |")
+        cells = [optimizer, OFFLOADED, f"{bytes_per_entry(optimizer, 'float32'):.2f}"]
+        cells += ["", "", f"{measured[optimizer][OFFLOADED]['over_float32']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -150,14 +177,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("losses", "seconds", "table"))
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("part", choices=("losses", "seconds", "table", "peak"))
+    parser.add_argument("--out", type=Path, help="the file of `losses` or `seconds`")
+    parser.add_argument("--way", choices=(*DTYPES["muon"], OFFLOADED), help="of `peak`")
     parser.add_argument("--seconds", type=Path, help="the file that `seconds` wrote")
     parser.add_argument("--config", choices=configs.PRESETS, default="tiny")
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--workers", type=int, default=2, help="concurrent processes")
     given = parser.parse_args()
-    if given.part == "losses":
+    if given.part == "peak":
+        print(peak(given.way or "float32", given.config))
+    elif given.out is None:
+        parser.error(f"`{given.part}` needs --out")
+    elif given.part == "losses":
         with jobs.processes(given.workers) as pool:
             for line in jobs.run_all(all_jobs(), do, given.out, pool):
                 print(line, flush=True)

@@ -42,7 +42,12 @@ def evaluation_params(state: optax.OptState, params: optax.Params) -> optax.Para
       >>> weights = evaluation_params(tx.init(params), params)
     """
     nodes = jax.tree.leaves(_paths.unboxed(state), is_leaf=_is_wrapper)
-    wrappers = [node for node in nodes if _is_wrapper(node)]
+    wrappers = [
+        # It may be in the memory of the host, see `offload_state`.
+        jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), node)
+        for node in nodes
+        if _is_wrapper(node)
+    ]
     if not wrappers:
         return params
     if len(wrappers) > 1:

@@ -211,24 +211,68 @@ STAGES = {
     "stiefel_retract": {},
     "svd_supplement": {"every": 2},
     "orthogonalize_cached": {"refresh": 2},
+    "orthogonalize": {"method": None},
     "soap_precondition": {},
     "shampoo_precondition": {},
     "kl_soap_precondition": {},
+    "kl_shampoo_precondition": {},
     "whiten_momentum": {},
-    "spel": {},
-    "spectral_sphere": {},
-    "soap": {},
-    "soap_muon": {},
-    "dion": {},
-    "mano": {},
-    "adamh": {},
+    "halley_muon": {"svd_every": 2},
 }
+# Optimizers that orthogonalize, and do nothing else with matrices; of these, those that
+# fix the size of each update.
+TAKEN = {"muon", "muonw", "muonh", "normuon", "muown", "muon_vs", "muon_nsr"}
+TAKEN |= {"muon_squared", "hopper", "adamuon", "halley_muon", "nanochat_muon"}
+FIXED = {"muonh", "hopper", "adamuon", "halley_muon", "nanochat_muon"}
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", [*STAGES, *sorted(om.MATRIX_OPTIMIZERS - TAKEN)])
 def test_what_needs_whole_matrices_refuses_it(name):
     with pytest.raises(ValueError, match="`placement` must have period 1"):
-        getattr(om, name)(**STAGES[name], placement=om.Placement(period=2))
+        getattr(om, name)(**STAGES.get(name, {}), placement=om.Placement(period=2))
+
+
+@pytest.mark.parametrize("name", sorted(TAKEN))
+def test_optimizers_use_it_or_refuse_a_scale(name):
+    mesh = mesh_of(AxisType.Explicit)
+    params = {"up": {"kernel": problems.normal((16, 64))}}
+    grads = [{"up": {"kernel": problems.normal((16, 64), t)}} for t in (1, 2)]
+    place = NamedSharding(mesh, P("y", "x"))
+
+    def second(**fields):
+        tx = getattr(om, name)(0.1, placement=om.Placement(**fields))
+        with jax.set_mesh(mesh):
+            p, *gs = (jax.device_put(tree, place) for tree in (params, *grads))
+            update, state = jax.jit(tx.update), tx.init(p)
+            _, state = update(gs[0], state, p)
+            return np.asarray(update(gs[1], state, p)[0]["up"]["kernel"])
+
+    whole, pieces = second(), second(period=2)
+    assert np.linalg.norm(pieces - whole) > 0.05 * np.linalg.norm(whole)
+    if name in FIXED:
+        with pytest.raises(ValueError, match="`placement` must have `piece_scale` 1"):
+            second(period=2, piece_scale=0.5)
+    else:
+        half = second(period=2, piece_scale=0.5)
+        if name in {
+            "muonw",
+            "muown",
+            "normuon",
+        }:  # with decay, or a variance of outputs
+            assert np.linalg.norm(half) < 0.9 * np.linalg.norm(pieces)
+        else:
+            np.testing.assert_allclose(half, pieces / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_it_needs_the_shardings_on_auto_axes():
+    mesh = mesh_of(AxisType.Auto)
+    tx = om.orthogonalize(placement=om.Placement(period=2))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.ones((16, 8)), NamedSharding(mesh, P("x")))
+        with pytest.raises(
+            ValueError, match=r"no `sharding`, .*Placement\(params, per"
+        ):
+            tx.init(x)
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,27 @@ def test_saved_state_goes_on_with_other_devices(rule, devices, leaves, tmp_path)
     chex.assert_trees_all_close(got, want[3], atol=2e-5, rtol=2e-4)
 
 
+def test_moments_in_8_bits_move_to_another_mesh():
+    tx = om.soap_precondition(mu_dtype="float8_e4m3fn")
+    grads = [
+        {f"w{i}": problems.normal((32, 32), 3 * t + i) for i in range(3)}
+        for t in range(3)
+    ]
+    mesh = jax.make_mesh((8,), ("x",))
+    place = NamedSharding(mesh, P("x", None))
+    with jax.set_mesh(mesh):
+        spread = [jax.device_put(g, place) for g in grads]
+        state, update = tx.init(spread[0]), jax.jit(tx.update)
+        for g in spread[:2]:
+            _, state = update(g, state)
+        want, _ = update(spread[2], state)
+    moved = om.relay_state(jax.device_get(state), tx.init(grads[0]))
+    momentum = moved.matrices["32x32"].state.momentum
+    assert momentum.codes.dtype == "float8_e4m3fn" and len(momentum.codes) == 3
+    got, _ = jax.jit(tx.update)(grads[2], moved)
+    chex.assert_trees_all_close(got, jax.device_get(want), rtol=1e-4, atol=1e-5)
+
+
 def test_relaying_says_what_does_not_fit():
     tx, params = om.soap_precondition(), {"w": problems.normal((4, 8))}
     state = tx.init(params)

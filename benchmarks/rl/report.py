@@ -386,6 +386,29 @@ def rates_of(runs: Sequence[Job]) -> str:
     return "\n".join(lines)
 
 
+def long_of(runs: Sequence[Job]) -> str:
+    """Returns how the long runs go on: means over seeds, by arm."""
+    steps = range(0, LONG + 1, LONG // 6)
+    heads = ["arm", *(f"step {step}" for step in steps), "right test problems ± σ"]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for arm in LONG_ARMS:
+        mine = [r for r in runs if (r["arm"], r["phase"]) == (arm, "long")]
+        if not mine:
+            continue
+        shares = [
+            statistics.mean(
+                next(p["all"] for p in run["validation"] if p["step"] == step)
+                for run in mine
+            )
+            for step in steps
+        ]
+        ends = [run["last"]["all"] for run in mine]
+        cells = [arm, *(f"{share:.3f}" for share in shares)]
+        cells += [f"{statistics.mean(ends):.3f} ± {statistics.stdev(ends):.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def plot(runs: Sequence[Job], path: Path) -> None:
     """Plots accuracy, entropy and KL over the steps, as means over the final runs."""
     arms = ("sgd", "adam", "muon", "adamuon", "hopper", "hopper, 5 steps")
@@ -419,7 +442,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write a plot too")
     given = parser.parse_args()
     runs = read(given.runs)
-    print("\n\n".join([arms_of(runs), table(answers_of(runs)), rates_of(runs)]))
+    parts = [arms_of(runs), table(answers_of(runs)), rates_of(runs)]
+    if any(run["phase"] == "long" for run in runs):
+        parts.append(long_of(runs))
+    print("\n\n".join(parts))
     if given.plot:
         plot(runs, given.plot)
 

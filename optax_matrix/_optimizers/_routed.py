@@ -8,7 +8,14 @@ from typing import Any, ParamSpec, TypeVar
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_matrix import _check, _layout, _linalg, _routing, _transforms
+from optax_matrix import (
+    _check,
+    _layout,
+    _linalg,
+    _placement,
+    _routing,
+    _transforms,
+)
 from optax_matrix._transforms import _arguments, _moments, _numerics
 
 P = ParamSpec("P")
@@ -20,8 +27,10 @@ weight_decay: :math:`\\lambda`, not negative, or a schedule: decoupled decay of 
 weight_decay_mask: Which hidden matrices decay, as in `optax.add_decayed_weights`;
   None is all of them.
 mu_dtype: The dtype of the momentum in the state, see `ema_momentum`; None is float32,
-  and float64 for float64 parameters. If it has 8 bits, and with SOAP and KL-SOAP, it
-  is also that of the second moment of each entry.
+  and float64 for float64 parameters. If it has 8 bits, second moments of entries are
+  float8_e4m3fn. Those in eigenbases (`soap`, `kl_soap`, `soap_muon`, `track3`) have
+  the other dtypes too. Not int8 where entries of the momentum are divided by their
+  second moment.
 routing: Which leaves are hidden matrices, and which of their axes are inputs and
   outputs: None for the rules for Flax trees, a function of (path, leaf), or a tree
   of labels; see `route`. Under `optax.inject_hyperparams` name a function in
@@ -108,6 +117,18 @@ def check(learning_rate: Any, weight_decay: Any, orthogonalize: Any = None) -> N
     _arguments.number_or_schedule("weight_decay", weight_decay, 0.0)
 
 
+def check_pieces(placement: _placement.Placement | None) -> None:
+    """Raises for a `piece_scale` where a later stage fixes the size of each update."""
+    if placement is not None:
+        place = _placement.as_placement(placement, periodic=True)
+        if place.piece_scale != 1:
+            raise ValueError(
+                "`placement` must have `piece_scale` 1 in an optimizer that fixes the "
+                f"size of each update, which undoes it, got {place.piece_scale}. "
+                "Change the learning rate by a schedule of the same period."
+            )
+
+
 def adam(
     momentum: optax.ScalarOrSchedule,
     b2: ArrayLike,
@@ -115,11 +136,12 @@ def adam(
     mu_dtype: DTypeLike | None,
     name: str = "momentum",
 ) -> optax.GradientTransformation:
-    """Returns Adam's direction, with statistics in float32 or 8 bits.
+    """Returns Adam's direction; its second moment has float32 or 8 bits.
 
     `name` is that of the momentum in errors.
     """
     _arguments.number_or_schedule(name, momentum, 0.0, 1.0)
+    mu_dtype = _arguments.mu_dtype(mu_dtype, divided=True)
     return _transforms.scale_by_variance(
         b2,
         eps=eps,
@@ -131,12 +153,12 @@ def adam(
 
 
 def nu_dtype(mu_dtype: DTypeLike | None) -> str | None:
-    """Returns the dtype of second moments: None, or that of the momentum in 8 bits.
+    """Returns the dtype of second moments beside a momentum: 8 bits if it has 8.
 
     In bfloat16, where nothing is rounded stochastically, they would stop changing.
     """
-    name = _arguments.moment_dtype("mu_dtype", mu_dtype)
-    return name if name in _moments.EIGHT_BITS else None
+    name = _arguments.mu_dtype(mu_dtype)
+    return _moments.OF_SQUARES if name in _moments.EIGHT_BITS else None
 
 
 def documented(factor: str) -> Callable[[Callable[P, T]], Callable[P, T]]:

@@ -58,7 +58,7 @@ def halley_muon(
       <common arguments>
 
     Returns:
-      An optimizer. The state is two float32 arrays per hidden matrix and one number per
+      An optimizer. The state is two arrays per hidden matrix and one number per
       output neuron, and that of the auxiliary optimizer.
 
     Raises:
@@ -73,6 +73,7 @@ def halley_muon(
       outputs: Li et al., 2025, `arXiv:2510.05491 <https://arxiv.org/abs/2510.05491>`_.
     """
     _routed.check(learning_rate, weight_decay, orthogonalize)
+    _routed.check_pieces(placement)
     if svd_every is not None:
         _check.whole_number("svd_every", svd_every, 1)
 

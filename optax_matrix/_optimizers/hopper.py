@@ -92,14 +92,13 @@ def hopper(
         momentum = 0.9 if momentum is None else momentum
         b2 = 0.999 if b2 is None else b2
     _routed.check(learning_rate, weight_decay, orthogonalize)
-    adam = _routed.adam(momentum, b2, eps, mu_dtype)
-
+    _routed.check_pieces(placement)
     def direction(layout: _layout.Layout) -> optax.GradientTransformation:
         polar = _transforms.orthogonalize(
             orthogonalize, layout=layout, placement=placement
         )
         if variance == "pre":
-            return optax.chain(adam, polar)
+            return optax.chain(_routed.adam(momentum, b2, eps, mu_dtype), polar)
         return optax.chain(
             _transforms.ema_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype),
             polar,
@@ -175,6 +174,7 @@ def adamuon(
       act through :math:`\epsilon` alone.
     """
     _routed.check(learning_rate, weight_decay, orthogonalize)
+    _routed.check_pieces(placement)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(

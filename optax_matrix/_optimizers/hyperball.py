@@ -45,7 +45,7 @@ def muonh(
       <common arguments>
 
     Returns:
-      An optimizer that needs ``params``. The state is one float32 array and one radius
+      An optimizer that needs ``params``. The state is one array and one radius
       per hidden matrix, and that of the auxiliary optimizer, whose leaves are not kept
       on spheres.
 
@@ -58,6 +58,7 @@ def muonh(
       <https://arxiv.org/abs/2606.16899>`_.
     """
     _routed.check(learning_rate, weight_decay, orthogonalize)
+    _routed.check_pieces(placement)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         return optax.chain(
@@ -107,7 +108,7 @@ def adamh(
       <common arguments>
 
     Returns:
-      An optimizer that needs ``params``. The state is two float32 arrays and one radius
+      An optimizer that needs ``params``. The state is two arrays and one radius
       per hidden matrix, and that of the auxiliary optimizer. No matrix is moved, so
       ``placement`` has no effect.
 

@@ -47,7 +47,7 @@ def mano(
       <common arguments>
 
     Returns:
-      An optimizer that needs ``params``. The state is one float32 array per hidden
+      An optimizer that needs ``params``. The state is one array per hidden
       matrix, and that of the auxiliary optimizer. No matrix is moved, so ``placement``
       has no effect.
 

@@ -66,7 +66,7 @@ def muon(
       <common arguments>
 
     Returns:
-      An optimizer. The state is one float32 array per hidden matrix, and that of the
+      An optimizer. The state is one array per hidden matrix, and that of the
       auxiliary optimizer.
 
     Raises:

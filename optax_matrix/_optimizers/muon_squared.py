@@ -7,6 +7,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _layout, _linalg, _placement, _routing, _transforms
 from optax_matrix._optimizers import _routed
+from optax_matrix._transforms import _arguments
 
 
 @_routed.documented(_routed.FACTOR)
@@ -57,7 +58,7 @@ def muon_squared(
       <common arguments>
 
     Returns:
-      An optimizer. The state is two float32 arrays per hidden matrix, and that of the
+      An optimizer. The state is two arrays per hidden matrix, and that of the
       auxiliary optimizer.
 
     Raises:
@@ -68,6 +69,7 @@ def muon_squared(
       Muon², 2026, `arXiv:2604.09967 <https://arxiv.org/abs/2604.09967>`_; the rule is
       that of the modded-nanogpt optimization track, ``20260501_muonsq``.
     """
+    mu_dtype = _arguments.mu_dtype(mu_dtype, divided=True)
     average = _transforms.ema_momentum(momentum, nesterov=nesterov, mu_dtype=mu_dtype)
     _routed.check(learning_rate, weight_decay, orthogonalize)
 

@@ -47,7 +47,7 @@ def muon_vs(
       <common arguments>
 
     Returns:
-      An optimizer. The state is two float32 arrays per hidden matrix, and that of the
+      An optimizer. The state is two arrays per hidden matrix, and that of the
       auxiliary optimizer.
 
     Raises:

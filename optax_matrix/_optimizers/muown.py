@@ -52,7 +52,7 @@ def muown(
       <common arguments>
 
     Returns:
-      An optimizer that needs ``params``. The state is one float32 array per hidden
+      An optimizer that needs ``params``. The state is one array per hidden
       matrix and three numbers per output, and that of the auxiliary optimizer.
 
     Raises:

@@ -53,7 +53,7 @@ def nanochat_muon(
       <common arguments>
 
     Returns:
-      An optimizer that needs ``params``. The state is one float32 array per hidden
+      An optimizer that needs ``params``. The state is one array per hidden
       matrix and one number per output neuron, and that of the auxiliary optimizer.
 
     Raises:
@@ -68,6 +68,7 @@ def nanochat_muon(
       in bfloat16.
     """
     _routed.check(learning_rate, weight_decay, orthogonalize)
+    _routed.check_pieces(placement)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:
         decay = _transforms.add_cautious_weight_decay(weight_decay)

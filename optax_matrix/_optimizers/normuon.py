@@ -49,7 +49,7 @@ def normuon(
       <common arguments>
 
     Returns:
-      An optimizer. The state is one float32 array per hidden matrix and one number per
+      An optimizer. The state is one array per hidden matrix and one number per
       output neuron, and that of the auxiliary optimizer.
 
     Raises:

@@ -71,7 +71,7 @@ def shampoo(
       <https://arxiv.org/abs/2002.09018>`_.
     """
     _routed.check(learning_rate, weight_decay)
-    mu_dtype = _arguments.moment_dtype("mu_dtype", mu_dtype)
+    mu_dtype = _arguments.mu_dtype(mu_dtype)
     magnitude = _magnitude(graft, momentum, mu_dtype)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:

@@ -57,7 +57,7 @@ def spectral_sphere(
       <common arguments>
 
     Returns:
-      An optimizer that needs ``params``. The state is one float32 array per hidden
+      An optimizer that needs ``params``. The state is one array per hidden
       matrix and two vectors over its outputs (one without ``tangent``), and that of the
       auxiliary optimizer.
 

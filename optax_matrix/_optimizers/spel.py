@@ -48,7 +48,7 @@ def spel(
       <common arguments>
 
     Returns:
-      An optimizer that needs ``params``. The state is one float32 array per hidden
+      An optimizer that needs ``params``. The state is one array per hidden
       matrix, and that of the auxiliary optimizer.
 
     Raises:

@@ -36,8 +36,14 @@ to another mesh.
 from optax_matrix._placement.cost import PlacementDescription, describe_groups
 from optax_matrix._placement.execute import init_states, map_matrices
 from optax_matrix._placement.groups import make_plans
-from optax_matrix._placement.pieces import map_pieces, to_whole
-from optax_matrix._placement.placement import Leaf, Placement, as_placement, resolve
+from optax_matrix._placement.pieces import map_pieces
+from optax_matrix._placement.placement import (
+    Leaf,
+    Placement,
+    as_placement,
+    check_visible,
+    resolve,
+)
 from optax_matrix._placement.relay import relay_state
 from optax_matrix._placement.stacks import (
     concatenated,
@@ -55,6 +61,7 @@ __all__ = [
     "Placement",
     "PlacementDescription",
     "as_placement",
+    "check_visible",
     "concatenated",
     "describe_groups",
     "init_states",
@@ -68,5 +75,4 @@ __all__ = [
     "resolve",
     "split_like",
     "stack_size",
-    "to_whole",
 ]

@@ -15,7 +15,7 @@ from optax_matrix._placement.placement import Leaf
 
 def map_pieces(
     work: Work, leaves: Sequence[Leaf], *, transposable: bool
-) -> list[Array]:
+) -> tuple[list[Array], list[float]]:
     """Applies `work` to every piece as if it were a matrix.
 
     Args:
@@ -24,18 +24,21 @@ def map_pieces(
       transposable: Whether `work` may be given pieces transposed.
 
     Returns:
-      Arrays like the leaves, with their shardings.
+      Arrays like the leaves, with their shardings, and for each leaf the RMS of polar
+      factors of its matrices over that of its pieces.
     """
-    results = [leaf.value for leaf in leaves]
+    results, ratios = [leaf.value for leaf in leaves], [1.0] * len(leaves)
     for where, plan in make_plans(leaves, transposable, None):
         some = [leaves[i] for i in where]
         if plan is None:
             done, _ = map_matrices(work, some, transposable=transposable)
         else:
             done = _on_mesh(plan, work, transposable, [leaf.value for leaf in some])
+            for i, view in zip(where, plan.views, strict=True):
+                ratios[i] = _polar_rms(leaves[i].view) / _polar_rms(view)
         for i, x in zip(where, done, strict=True):
             results[i] = x
-    return results
+    return results, ratios
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -52,15 +55,6 @@ def _on_mesh(
         out_specs=plan.specs,
         check_vma=False,  # As for whole matrices, it says nothing here.
     )(*arrays)
-
-
-def to_whole(leaves: Sequence[Leaf]) -> list[float]:
-    """Returns the RMS of the polar factors of every leaf over that of its pieces."""
-    scales = [1.0] * len(leaves)
-    for where, plan in make_plans(leaves, False, None):
-        for i, view in zip(where, plan.views if plan else (), strict=plan is not None):
-            scales[i] = _polar_rms(leaves[i].view) / _polar_rms(view)
-    return scales
 
 
 def _polar_rms(view: MatrixView) -> float:

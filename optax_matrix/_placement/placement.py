@@ -1,9 +1,11 @@
 """Where the leaves of a tree lie."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import AxisType
 
 from optax_matrix import _check, _layout, _mesh, _paths
 
@@ -30,10 +32,12 @@ class Placement:
         stacks of 2²⁶ entries elsewhere, and exchanges of up to 1 GiB per device.
       period: Every how many updates `orthogonalize` works on whole matrices, at least
         1, beginning with the first. In all others, every device orthogonalizes the
-        pieces that it holds as if they were matrices, without an exchange (MuonBP).
-      piece_scale: The learning rate of these other updates over that of the first, not
-        negative. Before it, they are scaled to the RMS that polar factors of the whole
-        matrices have.
+        pieces that it holds as if they were matrices, without an exchange (MuonBP). On
+        a mesh with auto axes this needs ``sharding``.
+      piece_scale: The learning rate of these other updates over that of updates of
+        whole matrices, not negative. Before it, pieces are multiplied so that polar
+        factors of them have the RMS of those of whole matrices. It needs an optimizer
+        that does not fix the size of its updates.
 
     Raises:
       TypeError: At construction, if ``sharding`` has leaves that are neither, a count
@@ -119,11 +123,25 @@ def as_placement(placement: Placement | None, *, periodic: bool = False) -> Plac
     _check.instance("placement", placement, Placement)
     if placement.period > 1 and not periodic:
         raise ValueError(
-            "`placement` must have period 1 for a stage that needs whole matrices in "
-            f"every update, got {placement.period}. Stages that only orthogonalize "
-            "can have another one."
+            f"`placement` must have period 1 here, got {placement.period}: only stages "
+            "that orthogonalize, and do nothing else with matrices, work on pieces."
         )
     return placement
+
+
+def check_visible(leaves: Sequence["Leaf"], placement: Placement) -> None:
+    """Raises if pieces are wanted where the shardings of updates are not visible."""
+    hidden = placement.sharding is None and any(
+        AxisType.Auto in leaf.sharding.mesh.axis_types
+        for leaf in leaves
+        if leaf.sharding is not None
+    )
+    if hidden:
+        raise ValueError(
+            f"`placement` has the period {placement.period}, but no `sharding`, which "
+            "it needs on a mesh with auto axes: pass the sharded parameters, as in "
+            f"om.Placement(params, period={placement.period})."
+        )
 
 
 class Leaf(NamedTuple):

@@ -86,10 +86,25 @@ def state_dtype(
     return str(value)
 
 
-def moment_dtype(name: str, value: DTypeLike | None) -> str | None:
-    """Returns the name of a dtype for moments, see `_moments`.
+def mu_dtype(value: DTypeLike | None, *, divided: bool = False) -> str | None:
+    """Returns the name of a dtype for a first moment, see `_moments`.
+
+    Args:
+      value: The dtype.
+      divided: Whether every entry is divided by an own number, which is small where the
+        entry is. Then int8 will not do, whose error is that of the largest entry.
 
     Raises:
       ValueError: If it is not one for state, nor int8 or float8_e4m3fn.
     """
-    return state_dtype(name, value, tuple(_moments.EIGHT_BITS))
+    more = (_moments.OF_SQUARES,) if divided else tuple(_moments.EIGHT_BITS)
+    return state_dtype("mu_dtype", value, more)
+
+
+def nu_dtype(value: DTypeLike | None) -> str | None:
+    """Returns the name of a dtype for a second moment, see `_moments`.
+
+    Raises:
+      ValueError: If it is not one for state, nor float8_e4m3fn.
+    """
+    return state_dtype("nu_dtype", value, (_moments.OF_SQUARES,))

@@ -158,9 +158,12 @@ class InBases:
             jnp.where(good, order, same),
         )
 
-    def zero_moment(self, m: int, n: int, dtype: DTypeLike) -> Moment:
-        """Returns a moment of zeros as it is kept."""
-        return _moments.zeros(jnp.zeros((m, n), dtype), self.mu_dtype)
+    def zero_moments(self, m: int, n: int, dtype: DTypeLike) -> tuple[Moment, Moment]:
+        """Returns a first and a second moment of zeros as they are kept."""
+        zeros = jnp.zeros((m, n), dtype)
+        in_8_bits = self.mu_dtype in _moments.EIGHT_BITS
+        nu_dtype = _moments.OF_SQUARES if in_8_bits else self.mu_dtype
+        return _moments.zeros(zeros, self.mu_dtype), _moments.zeros(zeros, nu_dtype)
 
     def carried(
         self, state: Moments, left: Side | None, right: Side | None, scalars: Scalars

@@ -64,8 +64,8 @@ class KLRule(InBases):
                 for size, kept in zip((m, n), self.settings.sides(m, n), strict=True)
             )
         )
-        zeros = self.zero_moment(m, n, dtype)
-        return Moments(zeros, zeros if self.with_variance else None, left, right)
+        momentum, variance = self.zero_moments(m, n, dtype)
+        return Moments(momentum, variance if self.with_variance else None, left, right)
 
     def observe(
         self, g: Array, state: Moments, scalars: Scalars

@@ -18,13 +18,17 @@ from optax_matrix import _linalg, _mesh
 BLOCK = 32
 # The largest numbers that are used.
 EIGHT_BITS = {"int8": 127, "float8_e4m3fn": 448}
+# Averages of squares need its range: updates are divided by their roots, and in int8
+# all below 1/127 of the largest of a block would be the same.
+OF_SQUARES = "float8_e4m3fn"
 
 
 class Blocks(NamedTuple):
     """A moment in 8 bits per entry."""
 
     codes: jax.Array  # int8 or float8_e4m3fn, with the shape of the moment
-    scales: jax.Array  # bfloat16, one for 32 codes along one axis; NaN if they are not
+    # bfloat16, one for 32 codes along one axis; NaN if one of these is not finite.
+    scales: jax.Array
 
 
 Moment: TypeAlias = jax.Array | Blocks
@@ -106,6 +110,7 @@ def write(
         y = jnp.where((new > 0) & (y == 0), step, y)
     else:
         y = jnp.copysign(y, new)
+    y = jnp.clip(y, -top, top)  # If rounding makes the largest one larger.
     return Blocks(y.astype(dtype), scale.astype(jnp.bfloat16))
 
 

@@ -19,9 +19,10 @@ class SoapRule(InBases):
     def init(self, m: int, n: int, dtype: DTypeLike) -> Moments:
         """Returns zero moments, statistics and bases."""
         left, right = self.settings.sides(m, n)
-        zeros = self.zero_moment(m, n, dtype)
         return Moments(
-            zeros, zeros, self.side(m, left, dtype), self.side(n, right, dtype)
+            *self.zero_moments(m, n, dtype),
+            self.side(m, left, dtype),
+            self.side(n, right, dtype),
         )
 
     def observe(

@@ -48,10 +48,10 @@ def ema_momentum(
         in the first steps, so it changes Muon's trajectory. With a schedule the
         weights are those of its present value, as in `optax.inject_hyperparams`.
       mu_dtype: The dtype of :math:`M`: bfloat16, float32 or float64, and int8 or
-        float8_e4m3fn for 8 bits per entry, in blocks of 32 with a scale each, which are
-        rounded stochastically (docs/memory.md). Arrays none of whose axes has a
-        multiple of 32 entries have no blocks. None is float32, and float64 for float64
-        updates.
+        float8_e4m3fn for 8 bits per entry, rounded stochastically, in blocks of 32 with
+        a scale each (docs/memory.md). Arrays none of whose axes has a multiple of 32
+        entries have no blocks, and are float32. None is float32, and float64 for
+        float64 updates.
 
     Returns:
       A transformation for leaves of any shape. Updates keep their shape and dtype;
@@ -71,7 +71,7 @@ def ema_momentum(
     _arguments.number_or_schedule("momentum", momentum, 0.0, 1.0)
     _check.boolean("nesterov", nesterov)
     _check.boolean("debias", debias)
-    mu_dtype = _arguments.moment_dtype("mu_dtype", mu_dtype)
+    mu_dtype = _arguments.mu_dtype(mu_dtype)
 
     def init(params: optax.Params) -> EmaMomentumState:
         _layout.check_all_floating(params)

@@ -54,7 +54,7 @@ def kl_shampoo_precondition(
       As `kl_soap_precondition`.
     """
     _check.instance("preconditioner", preconditioner, KL)
-    mu_dtype = _arguments.moment_dtype("mu_dtype", mu_dtype)
+    mu_dtype = _arguments.mu_dtype(mu_dtype, divided=True)
     return _eigenbases.transformation(
         KLRule(preconditioner, mu_dtype, with_variance=False),
         preconditioner,

@@ -67,7 +67,7 @@ def mixed_momentum(
     """
     _arguments.mixture(decays, weights)
     _arguments.number_or_schedule("momentum", momentum, 0.0, 1.0)
-    mu_dtype = _arguments.moment_dtype("mu_dtype", mu_dtype)
+    mu_dtype = _arguments.mu_dtype(mu_dtype)
 
     def init(params: optax.Params) -> MixedMomentumState:
         _layout.check_all_floating(params)
@@ -91,7 +91,11 @@ def mixed_momentum(
         )
         count = _numerics.next_count(state.count)
         mixture = jax.tree.map(mixed, updates, *averages)
-        kept = _numerics.stored(averages, state.momenta, count)
+        kept = tuple(
+            # With random numbers of its own, so that errors do not add up.
+            _numerics.stored(new, old, len(decays) * count + i)
+            for i, (new, old) in enumerate(zip(averages, state.momenta, strict=True))
+        )
         return mixture, MixedMomentumState(count, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optax_matrix._transforms import _arguments
@@ -27,10 +28,9 @@ def offload_state(
       they have on the devices. `describe_state` counts it separately.
 
     Donation:
-      In a jitted training step, donate the parameters together with the state, in the
-      order in which both are returned. If the state alone is donated, JAX (0.10)
-      reuses its memory for updates of the same shape, and aborts because these are on
-      the device.
+      A jitted step that takes and returns the parameters and then the state may donate
+      both. If only the state is donated, JAX (0.10) reuses its memory for updates of
+      the same shape, and aborts because these are on the device.
 
     Raises:
       TypeError: At construction, if ``inner`` is not a transformation.
@@ -60,4 +60,4 @@ def offload_state(
 
 def _moved(state: optax.OptState, space: Any) -> optax.OptState:
     # Scalars are what schedules and branches depend on.
-    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)
+    return jax.tree.map(lambda x: jax.device_put(x, space) if jnp.ndim(x) else x, state)

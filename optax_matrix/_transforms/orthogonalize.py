@@ -65,8 +65,9 @@ def orthogonalize(
       affect the others.
 
     Raises:
-      ValueError: At construction, for an unknown method; at ``init``, if a leaf does
-        not fit ``layout``, or its sharding does not divide it, with its path.
+      ValueError: At construction, for an unknown method, or a ``period`` without one;
+        at ``init``, if a leaf does not fit ``layout``, or its sharding does not divide
+        it, with its path, and for a ``period`` on auto axes without their shardings.
       TypeError: At construction, if ``method`` is not a method; at ``init``, for leaves
         that are not real floating, with their paths.
 
@@ -75,10 +76,10 @@ def orthogonalize(
       exchange for all matrices of a shape, and sends the result back in another. With a
       ``period`` the updates between have no exchange. See docs/sharding.md.
     """
+    place = _placement.as_placement(placement, periodic=method is not None)
     if method is None:
         return _stateless.unchanged()
     polar = _linalg.as_method(method)
-    place = _placement.as_placement(placement, periodic=True)
     work = Polar(polar, place.stack_size)
     transposable = bool(getattr(polar, "transposable", False))
 
@@ -88,6 +89,7 @@ def orthogonalize(
         _placement.make_plans(leaves, transposable, place.stack_size)
         if place.period == 1:
             return optax.EmptyState()
+        _placement.check_visible(leaves, place)
         return OrthogonalizeState(jnp.zeros((), jnp.int32))
 
     def whole(leaves: Sequence[_placement.Leaf]) -> list[jax.Array]:
@@ -96,9 +98,11 @@ def orthogonalize(
         )[0]
 
     def pieces(leaves: Sequence[_placement.Leaf]) -> list[jax.Array]:
-        done = _placement.map_pieces(work, leaves, transposable=transposable)
-        scales = [place.piece_scale * scale for scale in _placement.to_whole(leaves)]
-        return [x * jnp.asarray(s, x.dtype) for x, s in zip(done, scales, strict=True)]
+        done, ratios = _placement.map_pieces(work, leaves, transposable=transposable)
+        return [
+            (_numerics.wide(x) * (place.piece_scale * ratio)).astype(x.dtype)
+            for x, ratio in zip(done, ratios, strict=True)
+        ]
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args

@@ -33,8 +33,8 @@ def orthogonalize_exact(
       placement: Where leaves lie on a mesh with auto axes, see `Placement`.
 
     Returns:
-      A transformation without state. Updates keep their shape and dtype. Zero matrices
-      stay zero; NaN or Inf in one matrix does not affect the others.
+      A transformation, as `orthogonalize`. Updates keep their shape and dtype. Zero
+      matrices stay zero; NaN or Inf in one matrix does not affect the others.
 
     Raises:
       ValueError: At construction, for settings that `Exact` refuses; at ``init``, if a

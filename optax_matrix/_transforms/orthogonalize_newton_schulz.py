@@ -44,8 +44,8 @@ def orthogonalize_newton_schulz(
       placement: Where leaves lie on a mesh with auto axes, see `Placement`.
 
     Returns:
-      A transformation without state. Updates keep their shape and dtype, and do not
-      depend on the scale of the input. Zero matrices stay zero; NaN or Inf in one
+      A transformation, as `orthogonalize`. Updates keep their shape and dtype, and do
+      not depend on the scale of the input. Zero matrices stay zero; NaN or Inf in one
       matrix does not affect the others.
 
     Raises:

@@ -58,7 +58,7 @@ def orthogonalize_with_feedback(
 
     Raises:
       ValueError: As `orthogonalize`; at construction, if ``momentum`` is outside
-        [0, 1) or ``mu_dtype`` is not bfloat16, float32 or float64.
+        [0, 1) or ``mu_dtype`` is another dtype.
       TypeError: As `orthogonalize`; at construction, for arguments of another type.
 
     Sharding:
@@ -75,7 +75,7 @@ def orthogonalize_with_feedback(
     _placement.as_placement(placement)  # Refuses a period.
     whole = orthogonalize(method, layout=layout, placement=placement)
     _arguments.number_or_schedule("momentum", momentum, 0.0, 1.0)
-    mu_dtype = _arguments.moment_dtype("mu_dtype", mu_dtype)
+    mu_dtype = _arguments.mu_dtype(mu_dtype)
 
     def init(params: optax.Params) -> OrthogonalizeWithFeedbackState:
         _layout.tree_views(layout, params)  # Raises for a leaf that does not fit.

@@ -56,7 +56,8 @@ def scale_by_noise(
         signal. 0 takes signs; a large one approaches None up to a constant factor,
         which an orthogonalization removes. None divides by the noise alone.
       eps: :math:`\epsilon`, positive, in the unit of the update, outside the root.
-      mu_dtype: The dtype of :math:`M`, see `ema_momentum`.
+      mu_dtype: The dtype of :math:`M`, see `ema_momentum`; not int8, whose error would
+        be divided by a small root of :math:`V`.
       nu_dtype: The dtype of :math:`V`, see `scale_by_variance`.
 
     Returns:
@@ -84,8 +85,8 @@ def scale_by_noise(
     if gamma is not None:
         _arguments.number("gamma", gamma, 0.0)
     _arguments.number("eps", eps, 0.0, low_open=True)
-    mu_dtype = _arguments.moment_dtype("mu_dtype", mu_dtype)
-    nu_dtype = _arguments.moment_dtype("nu_dtype", nu_dtype)
+    mu_dtype = _arguments.mu_dtype(mu_dtype, divided=True)
+    nu_dtype = _arguments.nu_dtype(nu_dtype)
 
     def init(params: optax.Params) -> ScaleByNoiseState:
         _layout.check_all_floating(params)

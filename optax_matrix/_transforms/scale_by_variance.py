@@ -55,9 +55,10 @@ def scale_by_variance(
       eps: :math:`\epsilon`, positive, in the unit of the update, outside the root.
       debias: Whether to divide by :math:`1 - \beta^t`. AdaMuon's paper does not.
       inner: The transformation whose updates are divided. None: the incoming updates.
-      nu_dtype: The dtype of :math:`V`, as ``mu_dtype`` of `ema_momentum`. In bfloat16 a
-        variance with a ``b2`` near 1 stops changing; in 8 bits it does not, and its
-        root is what has them.
+      nu_dtype: The dtype of :math:`V`: bfloat16, float32, float64, or float8_e4m3fn in
+        blocks, see ``mu_dtype`` of `ema_momentum`; there its root is kept. None is
+        float32, and float64 for float64 updates. In bfloat16 a variance with a ``b2``
+        near 1 stops changing.
 
     Returns:
       A transformation for leaves of any shape. Updates keep their shape and dtype and
@@ -77,7 +78,7 @@ def scale_by_variance(
     _arguments.number("b2", b2, 0.0, 1.0)
     _arguments.number("eps", eps, 0.0, low_open=True)
     _check.boolean("debias", debias)
-    nu_dtype = _arguments.moment_dtype("nu_dtype", nu_dtype)
+    nu_dtype = _arguments.nu_dtype(nu_dtype)
     if inner is None:
         inner = optax.identity()
     _arguments.transformation("inner", inner)

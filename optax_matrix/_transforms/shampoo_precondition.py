@@ -269,8 +269,8 @@ def shampoo_precondition(
     Returns:
       A transformation for leaves with at least two axes. Updates keep their shape and
       dtype; all arithmetic is in float32, or float64 for float64. The state of an m×n
-      matrix is mn + m(m+1) + n(n+1) numbers, because of the symmetric statistics and
-      roots it has one triangle. A statistic that is zero at a refresh leaves
+      matrix is mn + m(m+1) + n(n+1) numbers: of a symmetric statistic or root it has
+      one triangle. A statistic that is zero at a refresh leaves
       its root as it was, the identity at first.
 
     Raises:
@@ -303,7 +303,7 @@ def shampoo_precondition(
         preconditioner,
         momentum is not None,
         b2 is None,
-        _arguments.moment_dtype("mu_dtype", mu_dtype),
+        _arguments.mu_dtype(mu_dtype),
     )
     given = {
         "momentum": momentum,

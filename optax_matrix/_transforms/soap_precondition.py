@@ -50,8 +50,8 @@ def soap_precondition(
         least 1.
       preconditioner: All other settings, see `SOAP`; with those of `KL` this is
         `kl_soap_precondition`.
-      mu_dtype: The dtype of :math:`M` and :math:`V` in the state, see `ema_momentum`.
-        Of the dtypes with 8 bits, float8_e4m3fn keeps small entries better.
+      mu_dtype: The dtype of :math:`M` and :math:`V` in the state, see `ema_momentum`;
+        not int8, whose error would be divided by a small root of :math:`V`.
       layout: Which axes of a leaf are the matrix, see `MatrixLayout`. None: the last
         two are (inputs, outputs). Each matrix of a stack has its own state.
       placement: Where leaves lie on a mesh with auto axes, see `Placement`.
@@ -81,7 +81,7 @@ def soap_precondition(
       and https://github.com/nikhilvyas/SOAP. Differs: weight decay is another stage.
     """
     _check.instance("preconditioner", preconditioner, SOAP, KL)
-    mu_dtype = _arguments.moment_dtype("mu_dtype", mu_dtype)
+    mu_dtype = _arguments.mu_dtype(mu_dtype, divided=True)
     return _eigenbases.transformation(
         rule_of(preconditioner, mu_dtype),
         preconditioner,

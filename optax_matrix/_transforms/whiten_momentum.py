@@ -52,7 +52,12 @@ class WhitenedMomentumRule(SoapRule):
         norms = [jnp.maximum(self.schatten4(x), eps) for x in (ahead, white)]
         direction = jnp.where(seen, white * (norms[0] / norms[1]), ahead)
         return direction, Moments(
-            _numerics.stored(momenta, state.momentum, scalars["count"]),
+            tuple(
+                _numerics.stored(new, old, len(momenta) * scalars["count"] + i)
+                for i, (new, old) in enumerate(
+                    zip(momenta, state.momentum, strict=True)
+                )
+            ),
             self.kept_variance(variance, state, scalars),
             *self.observed_sides(g, state, scalars),
         )
@@ -143,7 +148,7 @@ def whiten_momentum(
       <https://github.com/KellerJordan/modded-nanogpt/pull/339>`_.
     """
     _check.instance("preconditioner", preconditioner, SOAP)
-    mu_dtype = _arguments.moment_dtype("mu_dtype", mu_dtype)
+    mu_dtype = _arguments.mu_dtype(mu_dtype)
     if (decays is None) != (weights is None):
         raise ValueError(
             "`decays` and `weights` must be given together, got "

@@ -37,7 +37,7 @@ def kinds(state):
     "inner",
     [
         om.muon(0.02),
-        om.soap(0.01, mu_dtype="int8"),
+        om.soap(0.01, mu_dtype="float8_e4m3fn"),
         optax.adamw(0.01),
         om.ema_lookahead(om.muon(0.02)),
     ],
@@ -137,6 +137,29 @@ def test_describe_state_counts_what_is_on_the_host():
 def test_what_is_not_a_transformation_is_refused():
     with pytest.raises(TypeError, match=r"`inner` must be an optax.Gradient"):
         om.offload_state(om.muon)
+
+
+@pytest.mark.parametrize("wrap", [om.ema_lookahead, om.tail_average])
+def test_the_parameters_to_evaluate_are_those_of_the_wrapper(wrap):
+    arguments = {"start": 1} if wrap is om.tail_average else {}
+    inner, params = wrap(om.muon(0.02), **arguments), tree()
+    results = []
+    for tx in (inner, om.offload_state(inner)):
+        updates, state = jax.jit(tx.update)(tree(3), tx.init(params), params)
+        after = optax.apply_updates(params, updates)
+        results.append(jax.jit(om.evaluation_params)(state, after))
+    chex.assert_trees_all_equal(*results)
+
+
+def test_a_state_may_hold_python_numbers():
+    inner = optax.GradientTransformation(
+        lambda params: {"count": 3, "x": jnp.zeros(2)},
+        lambda updates, state, params=None: (updates, state),
+    )
+    tx = om.offload_state(inner)
+    state = tx.init(jnp.ones(2))
+    assert state["count"] == 3
+    assert state["x"].sharding.memory_kind == "pinned_host"
 
 
 def test_scan_vmap_and_extra_arguments():
