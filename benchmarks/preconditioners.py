@@ -141,11 +141,13 @@ def memory(preset: str = "gpt2-small") -> dict[str, Any]:
     optimizers = {
         "optax.adamw": optax.adamw(1e-3),
         "muon": om.muon(),
+        "muon, momentum in int8": om.muon(mu_dtype="int8"),
         "shampoo": om.shampoo(),
         "shampoo, no momentum, grafted to SGD": om.shampoo(momentum=None, graft="sgd"),
         "distributed_shampoo": om.distributed_shampoo(),
         "soap": om.soap(),
         "soap, moments in bfloat16": om.soap(mu_dtype="bfloat16"),
+        "soap, moments in float8": om.soap(mu_dtype="float8_e4m3fn"),
         "soap, factors in bfloat16": om.soap(preconditioner=half),
         "soap, both in bfloat16": om.soap(mu_dtype="bfloat16", preconditioner=half),
         "soap, max_dim 2048": om.soap(preconditioner=om.SOAP(max_dim=2048)),

@@ -124,11 +124,13 @@ def test_the_tables_of_the_docs_are_those_of_the_raw_results():
     for name in ("methods-250", "tiny-1000", "medium-500"):
         assert report.table(read(results / f"convergence_{name}.jsonl")) in page
     assert report.headlines(runs) in (ROOT / "README.md").read_text()
-    found = read(results / "rl_ablation_1.jsonl")
     said = (ROOT / "docs" / "hopper.md").read_text()
-    answers = claims_report.table(rl_report.answers_of(found))
-    for table in (rl_report.arms_of(found), answers, rl_report.rates_of(found)):
-        assert table in said
+    for epochs in (1, 4):
+        found = read(results / f"rl_ablation_{epochs}.jsonl")
+        answers = claims_report.table(rl_report.answers_of(found))
+        for table in (rl_report.arms_of(found), answers, rl_report.rates_of(found)):
+            assert table in said
+    assert rl_report.long_of(read(results / "rl_ablation_1.jsonl")) in said
     tour = json.loads((results / "tour_2026-11-29.json").read_text())
     medians = [found["median"] for found in tour["ms"].values()]
     slowest = max(found["95 %"] for found in tour["ms"].values())

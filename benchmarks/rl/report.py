@@ -337,7 +337,7 @@ def arms_of(runs: Sequence[Job]) -> str:
     }
     heads = ["arm", "learning rate", "right ± σ", "less Adam's", "verdict"]
     heads += ["arithmetic", "par_hard", "seq", "verbs", "pass@8", "nonsense", "formed"]
-    heads += ["entropy", "KL", "update RMS"]
+    heads += ["entropy", "KL", "clipped", "update RMS"]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for arm, mine in sorted(finals.items(), key=lambda x: -_mean(accuracy, x[1])):
         rates = [mine[0]["learning_rate"], mine[0].get("then_rate")]
@@ -361,6 +361,7 @@ def arms_of(runs: Sequence[Job]) -> str:
         cells += [f"{_mean(lambda r: r['best']['pass@8']['all'], mine):.3f}"]
         cells += [f"{_mean(x, mine):.3f}" for x in (nonsense, at_end("format"))]
         cells += [f"{_mean(at_end(name), mine):.2g}" for name in ("entropy", "kl_k3")]
+        cells += [f"{_mean(at_end('clip_fraction'), mine):.4f}"]
         cells += [f"{_mean(at_end('update_rms'), mine):.1e}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
