@@ -93,6 +93,7 @@ def hopper(
         b2 = 0.999 if b2 is None else b2
     _routed.check(learning_rate, weight_decay, orthogonalize)
     _routed.check_pieces(placement)
+
     def direction(layout: _layout.Layout) -> optax.GradientTransformation:
         polar = _transforms.orthogonalize(
             orthogonalize, layout=layout, placement=placement

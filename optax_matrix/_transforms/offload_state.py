@@ -20,7 +20,7 @@ def offload_state(
     is there at once. The arithmetic is that of ``inner``.
 
     Args:
-      inner: The optimizer or transformation, such as `muon(0.02)`.
+      inner: The optimizer or transformation, such as ``om.muon(0.02)``.
 
     Returns:
       A transformation with the state of ``inner``, all arrays of which, but for
