@@ -350,6 +350,7 @@ def test_a_tiny_second_moment_does_not_become_zero():
 def test_shards_without_whole_blocks_on_auto_axes_are_right_but_exchange():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     place = NamedSharding(mesh, P(None, "x"))
+    got = None
     tx = om.ema_momentum(mu_dtype="int8")
     grads = [problems.normal((64, 128), t) for t in range(2)]  # shards of 16
     want, _ = problems.unroll(tx, grads)
