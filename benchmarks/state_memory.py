@@ -2,7 +2,7 @@
 
     python -m benchmarks.state_memory losses --out RUNS.jsonl
     OPENBLAS_NUM_THREADS=1 python -m benchmarks.state_memory seconds --out SECONDS.json
-    python -m benchmarks.state_memory table --out RUNS.jsonl --seconds SECONDS.json
+    python -m benchmarks.state_memory table --out RUNS.jsonl [--seconds SECONDS.json]
     python -m benchmarks.state_memory peak --config gpt2-small --way int8
 
 `losses` trains nanoGPT with moments in several dtypes; the same command continues the
@@ -113,11 +113,12 @@ def peak(way: str, preset: str) -> str:
     return f"{way}: peak {stats['peak_bytes_in_use']:,} bytes, state {state}"
 
 
-def seconds(preset: str, turns: int) -> dict[str, Any]:
+def seconds(optimizers: Sequence[str], preset: str, turns: int) -> dict[str, Any]:
     """Returns, by optimizer and way, the seconds of a step, and its memory."""
     result: dict[str, Any] = {}
-    for optimizer, dtypes in DTYPES.items():
-        trials = {way: trial(optimizer, way, preset) for way in (*dtypes, OFFLOADED)}
+    for optimizer in optimizers:
+        kept = (*DTYPES[optimizer], OFFLOADED)
+        trials = {way: trial(optimizer, way, preset) for way in kept}
         for training in trials.values():
             training.advance(TURN)  # compiles, and computes the first bases
         found: dict[str, list[float]] = {way: [] for way in trials}
@@ -147,13 +148,18 @@ def _bytes_by_memory(state: optax.OptState) -> dict[str, int]:
     return found
 
 
-def table(runs: Sequence[Job], measured: dict[str, Any]) -> str:
-    """Returns a table of losses, bytes and times by optimizer and dtype."""
+def table(runs: Sequence[Job], measured: dict[str, Any] | None = None) -> str:
+    """Returns a table of losses, bytes and times by optimizer and dtype.
+
+    Optimizers without runs are left out, and times if they were not measured.
+    """
     columns = ["optimizer", "moments", "bytes per entry", "loss ± σ over seeds"]
-    columns += ["less float32", "step over float32"]
+    columns += ["less float32", *["step over float32"] * (measured is not None)]
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     losses = {(r["optimizer"], r["mu_dtype"], r["seed"]): r["loss"] for r in runs}
     for optimizer, dtypes in DTYPES.items():
+        if not any(run["optimizer"] == optimizer for run in runs):
+            continue
         for dtype in dtypes:
             mine, plain = (
                 [losses[optimizer, x, seed] for seed in SEEDS]
@@ -165,8 +171,11 @@ def table(runs: Sequence[Job], measured: dict[str, Any]) -> str:
             cells = [optimizer, dtype, f"{bytes_per_entry(optimizer, dtype):.2f}"]
             cells += [f"{statistics.mean(mine):.4f} ± {sigma:.4f}"]
             cells += ["" if dtype == "float32" else f"{mean:+.4f} ± {half:.4f}"]
-            cells += [f"{measured[optimizer][dtype]['over_float32']:.2f}"]
+            if measured:
+                cells += [f"{measured[optimizer][dtype]['over_float32']:.2f}"]
             lines.append(f"| {' | '.join(cells)} |")
+        if not measured:
+            continue
         cells = [optimizer, OFFLOADED, f"{bytes_per_entry(optimizer, 'float32'):.2f}"]
         cells += ["", "", f"{measured[optimizer][OFFLOADED]['over_float32']:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -183,6 +192,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=Path, help="the file that `seconds` wrote")
     parser.add_argument("--config", choices=configs.PRESETS, default="tiny")
     parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--optimizers", nargs="+", choices=DTYPES, default=[*DTYPES])
     parser.add_argument("--workers", type=int, default=2, help="concurrent processes")
     given = parser.parse_args()
     if given.part == "peak":
@@ -197,14 +207,12 @@ def main() -> None:
         result = {
             "config": given.config,
             **record.environment(),
-            "optimizers": seconds(given.config, given.turns),
+            "optimizers": seconds(given.optimizers, given.config, given.turns),
         }
         given.out.write_text(json.dumps(result, indent=1) + "\n")
-    elif given.seconds is None:
-        parser.error("`table` needs --seconds, the file that `seconds` wrote")
     else:
-        measured = json.loads(given.seconds.read_text())["optimizers"]
-        print(table(jobs.read(given.out), measured))
+        found = given.seconds and json.loads(given.seconds.read_text())["optimizers"]
+        print(table(jobs.read(given.out), found))
 
 
 if __name__ == "__main__":
