@@ -14,6 +14,7 @@ from benchmarks import (
     nanogpt_stages,
     polar_methods,
     preconditioners,
+    state_memory,
     step_time,
 )
 from benchmarks.convergence import claims_report, report
@@ -131,6 +132,12 @@ def test_the_tables_of_the_docs_are_those_of_the_raw_results():
         for table in (rl_report.arms_of(found), answers, rl_report.rates_of(found)):
             assert table in said
     assert rl_report.long_of(read(results / "rl_ablation_1.jsonl")) in said
+    said = (ROOT / "docs" / "memory.md").read_text()
+    seconds = json.loads(
+        (results / "state_memory_seconds_2026-11-29.json").read_text()
+    )["optimizers"]
+    runs = read(results / "state_memory_2026-11-29.jsonl")
+    assert state_memory.table(runs, seconds) in said
     tour = json.loads((results / "tour_2026-11-29.json").read_text())
     medians = [found["median"] for found in tour["ms"].values()]
     slowest = max(found["95 %"] for found in tour["ms"].values())
