@@ -395,7 +395,7 @@ DIVIDED |= {"muon_vs", "muon_nsr", "muon_squared"}
 SQUARES = {"hopper", "adamuon", "halley_muon", "track3"}
 TWICE = {"shampoo", "distributed_shampoo"}  # also for Adam, to which they are grafted
 MADE = {"hopper, pre": ("hopper", {"variance": "pre"})}
-MADE |= {name: (name, {}) for name in om.MATRIX_OPTIMIZERS}
+MADE |= {name: (name, {}) for name in sorted(om.MATRIX_OPTIMIZERS)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
