@@ -73,8 +73,9 @@ def describe_placement(
             for place in places
         ]
     )
-    preconditions = isinstance(method, Preconditioner)
-    place = _placement.as_placement(placement, periodic=not preconditions)
+    place = _placement.as_placement(
+        placement, periodic=not isinstance(method, Preconditioner)
+    )
     leaves = _placement.resolve(matrices, fitted, place)
     if isinstance(method, Preconditioner):
         rule = _transforms.rule_of(method)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 
 
 def with_spectrum(shape, singular_values, seed=0):
@@ -71,6 +72,15 @@ def unroll(tx, updates, params=None):
         u, state = tx.update(u, state, params)
         out.append(u)
     return out, state
+
+
+def restored(state, path):
+    """A state after it was saved by Orbax and restored with its own types."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, state)
+        checkpointer.wait_until_finished()
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        return checkpointer.restore(path, abstract)
 
 
 def printed_by(code):

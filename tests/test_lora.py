@@ -41,7 +41,9 @@ def test_factors_change_nothing_at_first():
     assert shapes == {(32, 2), (2, 32), (2, 128), (128, 2)}
 
 
-@pytest.mark.parametrize("name", lora.LEARNING_RATES)
+@pytest.mark.parametrize(
+    "name", ["lora_muon", pytest.param("adamw", marks=pytest.mark.slow)]
+)
 def test_only_the_factors_are_trained_and_the_loss_falls(name, tmp_path):
     gpt, before = made()
     optimizer = lora.make_optimizer(name, lora.LEARNING_RATES[name], 12)
@@ -57,6 +59,7 @@ def test_only_the_factors_are_trained_and_the_loss_falls(name, tmp_path):
     assert len(moved) == 6 and all(np.abs(x).max() > 0 for x in moved)
 
 
+@pytest.mark.slow
 def test_a_base_is_trained(monkeypatch):
     monkeypatch.setattr(lora.data, "stdlib_text", lambda: b"to be or not\n" * 400)
     mesh = sharding.make_mesh("", "auto", jax.devices()[:1])

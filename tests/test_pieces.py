@@ -7,7 +7,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -15,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import optax_matrix as om
 from benchmarks import hlo
 from tests import problems
+from tests.transforms.every import case
 
 # Leaves and how they lie on a mesh of 4 by 2 devices.
 LEAVES = {
@@ -110,7 +110,10 @@ def test_a_fused_kernel_is_cut_into_blocks_where_its_outputs_are_whole(spec):
     np.testing.assert_allclose(got, want, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize(
+    "kind",
+    [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)],
+)
 def test_an_update_of_pieces_has_no_exchange_and_the_predicted_flops(kind):
     mesh, method = mesh_of(kind), om.NewtonSchulz(2)
     place = om.Placement(placed(mesh), period=5)
@@ -175,36 +178,6 @@ def test_on_one_device_a_piece_is_the_whole():
         np.testing.assert_allclose(out, scale * want, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["muon", "hopper", "muonh", "normuon"])
-def test_optimizers_take_it_and_train(name):
-    mesh = mesh_of(AxisType.Explicit)
-    leaves = {k: LEAVES[k] for k in ("inputs", "outputs", "experts")}
-    target = arrays(3, leaves)
-    places = {k: {"kernel": s} for k, s in placed(mesh, leaves).items()}
-    tx = getattr(om, name)(0.05, placement=om.Placement(period=2))
-
-    def grads_of(params, goal):
-        return {k: {"kernel": params[k]["kernel"] - goal[k]["kernel"]} for k in goal}
-
-    @jax.jit
-    def train(params, state, goal):
-        updates, state = tx.update(grads_of(params, goal), state, params)
-        return optax.apply_updates(params, updates), state
-
-    with jax.set_mesh(mesh):
-        start = {k: {"kernel": x} for k, x in arrays(7, leaves).items()}
-        goal = {k: {"kernel": x} for k, x in target.items()}
-        start, goal = (jax.device_put(tree, places) for tree in (start, goal))
-        params, state = start, tx.init(start)
-        for _ in range(6):
-            params, state = train(params, state, goal)
-    before, after = (
-        sum(float(jnp.sum(g["kernel"] ** 2)) for g in grads_of(p, goal).values())
-        for p in (start, params)
-    )
-    assert after < before
-
-
 STAGES = {
     "orthogonalize_with_feedback": {},
     "tangent_orthogonalize": {},
@@ -232,7 +205,9 @@ def test_what_needs_whole_matrices_refuses_it(name):
         getattr(om, name)(**STAGES.get(name, {}), placement=om.Placement(period=2))
 
 
-@pytest.mark.parametrize("name", sorted(TAKEN))
+@pytest.mark.parametrize(
+    "name", [case(name, slow=TAKEN - {"muon", "hopper"}) for name in sorted(TAKEN)]
+)
 def test_optimizers_use_it_or_refuse_a_scale(name):
     mesh = mesh_of(AxisType.Explicit)
     params = {"up": {"kernel": problems.normal((16, 64))}}

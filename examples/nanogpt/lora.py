@@ -1,6 +1,6 @@
 """Adapts a GPT to another text by LoRA, with Muon on the product of the factors.
 
-python -m examples.nanogpt.lora                             # two minutes on two cores
+python -m examples.nanogpt.lora
 python -m examples.nanogpt.lora --optimizer adamw --lr 0.01
 python -m examples.nanogpt.lora --text FILE --rank 16
 
