@@ -45,6 +45,11 @@ from optax_matrix._optimizers import (
 )
 from optax_matrix._placement import Placement, relay_state
 from optax_matrix._routing import describe, partition, route
+from optax_matrix._transfer import (
+    hyperp_factor,
+    width_factors,
+    with_learning_rate_factors,
+)
 from optax_matrix._transforms import (
     KL,
     SOAP,
@@ -133,6 +138,7 @@ __all__ = [
     "hessian_vector_product",
     "hopper",
     "hyperball_retract",
+    "hyperp_factor",
     "kl_shampoo_precondition",
     "kl_soap",
     "kl_soap_precondition",
@@ -191,4 +197,6 @@ __all__ = [
     "tree_map",
     "weight_normalized",
     "whiten_momentum",
+    "width_factors",
+    "with_learning_rate_factors",
 ]

@@ -9,12 +9,12 @@ def aligned(
     totals: Sequence[Sequence[str]],
     right: Collection[int],
 ) -> str:
-    """Returns lines of aligned cells, with rules below the header and above totals.
+    """Returns lines of aligned cells, with rules below the header and above any totals.
 
     Args:
       header: The names of the columns.
       rows: Rows with one cell per column.
-      totals: The last rows.
+      totals: The last rows, which may be none.
       right: Which columns are aligned to the right.
     """
     cells = (header, *rows, *totals)
@@ -28,4 +28,5 @@ def aligned(
     ]
     rule = "-" * max(map(len, lines))
     end = 1 + len(rows)
-    return "\n".join([lines[0], rule, *lines[1:end], rule, *lines[end:]])
+    last = [rule, *lines[end:]] if totals else []
+    return "\n".join([lines[0], rule, *lines[1:end], *last])

@@ -78,6 +78,7 @@ OTHERS = {
     # Have special needs, and files of their own in tests/transforms.
     *("qk_clip", "orthogonalize_factors"),
     *("route", "tree_map"),
+    *("hyperp_factor", "width_factors", "with_learning_rate_factors"),
 }
 STATELESS = {
     *("floor_update_ratio", "match_rms"),
