@@ -64,8 +64,8 @@ def run_all(
         left = (time.perf_counter() - begin) / done * (len(futures) - done) / 60
         what = ", ".join(f"{name} {value}" for name, value in job.items())
         yield (
-            f"[{done}/{len(futures)}] {what}: {result['loss']}; about {left:.0f} "
-            "minutes left"
+            f"[{done}/{len(futures)}] {what}: {result.get('loss', 'done')}; about "
+            f"{left:.0f} minutes left"
         )
 
 

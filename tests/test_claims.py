@@ -1,16 +1,21 @@
 """The runs that answer claims about optimizers, and what they measure."""
 
 import concurrent.futures
+import dataclasses
 import json
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+import optax_matrix as om
 from benchmarks import jobs
-from benchmarks.convergence import claims, claims_plots, claims_report
+from benchmarks.convergence import claims, claims_plots, claims_report, scaling
+from benchmarks.convergence.arms import Arm
 from benchmarks.trial import Trial
 from examples.nanogpt import configs, train
 
@@ -24,7 +29,7 @@ def fields(tmp_path):
 
 
 def test_a_point_is_that_of_its_formulas(fields):
-    config = configs.resolve(configs.dataclasses.replace(configs.TINY, **fields))
+    config = configs.resolve(dataclasses.replace(configs.TINY, **fields))
     arm = claims.ARMS["muon"]
     trial = Trial(config, arm.make(arm.start, config))
 
@@ -65,6 +70,7 @@ def test_studies_are_continued(tmp_path):
         return {"loss": 1.0, "points": [{"step": 0}]}
 
     counts = {"dynamics": 15, "flattening": 3, "rates": 30, "transfer": 525}
+    counts |= {"scaled": 165, "coordinates": 24}
     assert counts.keys() == set(claims.STUDIES)
     for study, count in counts.items():
         path, todo = tmp_path / f"{study}.jsonl", claims.jobs_of(study)
@@ -104,7 +110,7 @@ def test_a_job_that_fails_ends_the_others(tmp_path):
 
 
 def test_flattening_is_that_of_its_formulas(fields):
-    config = configs.resolve(configs.dataclasses.replace(configs.TINY, **fields))
+    config = configs.resolve(dataclasses.replace(configs.TINY, **fields))
     arm = claims.ARMS["muon"]
     trial = Trial(config, arm.make(arm.start, config))
     assert claims.flatten(trial)["step"] == 0
@@ -133,7 +139,7 @@ def test_flattening_is_that_of_its_formulas(fields):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", claims.STUDIES)
+@pytest.mark.parametrize("study", [s for s in claims.STUDIES if s != "coordinates"])
 def test_every_study_trains(study, fields):
     todo = claims.jobs_of(study)
     job = next((job for job in todo if job["arm"] == "muonh"), todo[0])
@@ -158,6 +164,62 @@ def test_the_size_of_a_model_is_that_of_its_job(fields, monkeypatch):
     for job in (todo[0], todo[-1]):
         claims.do("transfer", job, fields={"data": fields["data"]})
     assert seen == [(64, 1, 1, 50, 50), (64, 8, 3, 50, 50)]
+
+
+@pytest.mark.parametrize(
+    "arm, hidden, head, gain",
+    [
+        ("adamw", 1 / 2, 1 / 2, 1),
+        ("muonh", 1 / 2, 0.003 / 2 / 2, 0.003 / 2),
+        ("muon_rms", 2**-0.5, 0.003 / 2, 0.003),
+        ("muon_spectral", 1, 0.003 / 2, 0.003),
+    ],
+)
+def test_scaled_rates_are_those_of_the_base_model_times_factors(
+    arm, hidden, head, gain
+):
+    config = dataclasses.replace(configs.TINY, width=128, layers=4)
+
+    def sgd(values, config):
+        rate = values["learning_rate"]
+        auxiliary = rate if arm == "adamw" else config.aux_lr
+        return om.partition(lambda layout: optax.sgd(rate), optax.sgd(auxiliary))
+
+    made = scaling.scaled(Arm(sgd, {}), claims.CHECKED[arm])
+    tx = made.make({"learning_rate": 1.0}, config)
+    params = jax.tree.map(lambda x: jnp.ones(x.shape), scaling.shapes(config))
+    updates, _ = tx.update(params, tx.init(params), params)
+    found = {
+        "hidden": updates["blocks"][3]["mlp"]["fc"],
+        "head": updates["head"],
+        "gain": updates["norm2"],
+        "embed": updates["embed"],
+    }
+    want = {"hidden": hidden, "head": head, "gain": gain, "embed": gain}
+    for name, tree in found.items():
+        (leaf,) = jax.tree.leaves(tree)
+        np.testing.assert_allclose(leaf, -want[name], rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_activations_are_those_of_the_model(fields, monkeypatch):
+    monkeypatch.setattr(scaling, "WIDTHS", (8, 16))
+    monkeypatch.setattr(scaling, "UPDATES", 2)
+    job = {"arm": "adamw", "scaled": True, "seed": 1}
+    del fields["width"], fields["steps"]
+    found = claims.do("coordinates", job, fields=fields)
+    json.dumps(found, allow_nan=False)
+    assert list(found["changes"]) == ["blocks", "embedding", "head"]
+    assert np.shape(found["changes"]["head"]) == (2, 2)
+    assert np.shape(found["exponents"]["head"]) == (2,)
+    # The capped logits of the model are those of what the head passes on.
+    fields |= {"width": 16, "steps": 2}
+    config = configs.resolve(dataclasses.replace(configs.TINY, **fields))
+    trial = Trial(config, optax.sgd(0.1))
+    head = scaling.activations(trial)["head"]
+    gpt = nnx.merge(trial.graph, trial.state.params)
+    capped = 15 * head / np.sqrt(np.square(head) + 15**2)
+    np.testing.assert_allclose(gpt(trial.windows.val[0][:, :-1]), capped, rtol=1e-4)
 
 
 # --------------------------------------------------------------------- answers
@@ -291,8 +353,50 @@ def test_transfer_is_the_movement_of_the_best_rate():
     assert "| muonh | 0.1 | best too | best too | best too | best too |" in text
 
 
+def test_scaled_rates_are_compared_with_the_same_rate():
+    runs = {"transfer": [], "scaled": []}
+    for study, done in runs.items():
+        for job in claims.jobs_of(study):
+            start = claims.TRANSFERRED[job["arm"]].start["learning_rate"]
+            place = np.log2(job["learning_rate"] / start)
+            # Without factors the best rate falls by an octave per octave of width.
+            if study == "transfer" and job["arm"] == "adamw":
+                place += np.log2(job["width"] / 64)
+            done.append({**job, "loss": 2 + place**2 + 0.01 * job["seed"]})
+    text, answers = claims_report.transfer_of(runs["scaled"])
+    assert [answer.answer for answer in answers] == ["yes"] * 3
+    assert "| adamw | 0.006 | 0.006 | 0.006 | 0.006 |  |  |  |  |" in text
+    assert "| adamw | 0.006 | best too | best too | best too |  |  |  |" in text
+    gained = claims_report.gained_of(runs["scaled"], runs["transfer"])
+    assert "| adamw | 0.006 | -1.000 ± 0.000 | -4.000 ± 0.000 | -9" in gained
+    assert gained.splitlines()[-1] == "| muonh | 0.1 |" + " +0.000 ± 0.000 |" * 6
+
+
+def checked(job, exponent):
+    """A run of `coordinates` in which the head's changes follow a power law."""
+    changes = [[0.1 * width**exponent for width in scaling.WIDTHS]] * 2
+    names = ("blocks", "embedding", "head")
+    powers = {"blocks": 0.0, "embedding": 0.0, "head": exponent + 0.01 * job["seed"]}
+    return {
+        **{"study": "coordinates", **job, "changes": dict.fromkeys(names, changes)},
+        "exponents": {name: [9.0, power] for name, power in powers.items()},
+    }
+
+
+def test_coordinates_are_judged_by_the_last_step(tmp_path):
+    runs = [
+        checked(job, 0.0 if job["scaled"] else 1.0)
+        for job in claims.jobs_of("coordinates")
+    ]
+    text, answers = claims_report.coordinates_of(runs)
+    assert [answer.answer for answer in answers] == ["no", "yes"] * 4
+    assert "| adamw | the same | +0.00 ± 0.00 | +0.00 ± 0.00 | +1.02 ± 0.02 |" in text
+    claims_plots.coordinates(runs, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
 def test_every_study_has_a_plot(tmp_path):
-    runs = {study: [] for study in ("flattening", "rates", "transfer")}
+    runs = {study: [] for study in ("flattening", "rates", "transfer", "scaled")}
     for study, done in runs.items():
         for job in claims.jobs_of(study):
             points = [{"momentum": [0.5] * 6, "gradient": [0.2] * 6}]
@@ -300,4 +404,5 @@ def test_every_study_has_a_plot(tmp_path):
         path = tmp_path / f"{study}.png"
         getattr(claims_plots, study)(done, path)
         assert path.stat().st_size > 1000
-    assert {*runs, "dynamics"} == claims_report.ANSWERS.keys() == set(claims.STUDIES)
+    studies = {*runs, "dynamics", "coordinates"}
+    assert studies == claims_report.ANSWERS.keys() == set(claims.STUDIES)

@@ -8,8 +8,11 @@ step, the spectral entropy and the participation ratio of the weights, and those
 gradient with the share of its five largest singular values in its energy. `flattening`
 does so with the share of singular values that 0 to 5 Newton-Schulz steps bring near 1.
 `rates` trains MuonW and MuonH at five learning rates with the usual schedule, and
-`transfer` five optimizers in short runs of models of four widths and four depths. Each
-line of a file is a run; the same command continues an existing file.
+`transfer` five optimizers in short runs of models of four widths and four depths.
+`scaled` repeats this for two of them with learning rates that are scaled from those of
+the smallest model, and `coordinates` records how much activations change in ten steps
+of models of four widths, with and without that. Each line of a file is a run; the same
+command continues an existing file.
 """
 
 import argparse
@@ -26,6 +29,7 @@ import optax
 
 import optax_matrix as om
 from benchmarks import jobs
+from benchmarks.convergence import scaling
 from benchmarks.convergence.arms import Arm, named
 from benchmarks.convergence.run import fit
 from benchmarks.jobs import Job
@@ -61,9 +65,12 @@ TRANSFERRED: Mapping[str, Arm] = {
 }
 SHORT = {"steps": 50, "batch_size": 8, "val_windows": 256}
 SIZES = [
-    *({"width": width, "layers": 1} for width in (64, 128, 256, 512)),
+    *({"width": width, "layers": 1} for width in scaling.WIDTHS),
     *({"width": 64, "layers": layers} for layers in (2, 4, 8)),
 ]
+# Arms of `transfer`, and what their learning rates mean, see `om.width_factors`.
+SCALED = {"adamw": "entrywise", "muonh": "relative"}
+CHECKED = {**SCALED, "muon_spectral": "spectral", "muon_rms": "rms"}
 
 
 def jobs_of(study: str) -> list[Job]:
@@ -72,7 +79,16 @@ def jobs_of(study: str) -> list[Job]:
         return [{"arm": arm, "seed": seed} for arm in ARMS for seed in SEEDS]
     if study == "flattening":
         return [{"arm": "muon", "seed": seed} for seed in SEEDS]
+    if study == "coordinates":
+        return [
+            {"arm": arm, "scaled": is_scaled, "seed": seed}
+            for arm in CHECKED
+            for seed in SEEDS
+            for is_scaled in (False, True)
+        ]
     arms, sizes = TRANSFERRED, SIZES
+    if study == "scaled":
+        arms = {arm: TRANSFERRED[arm] for arm in SCALED}
     if study == "rates":
         arms, sizes = {arm: ARMS[arm] for arm in ("muonw", "muonh")}, [{}]
     return [
@@ -81,6 +97,8 @@ def jobs_of(study: str) -> list[Job]:
         for name, arm in arms.items()
         for rate in (arm.start["learning_rate"] * factor for factor in FACTORS)
         for seed in SEEDS
+        # Over depth, AdamW's rates would be those of `transfer`.
+        if not (study == "scaled" and name == "adamw" and size["layers"] > 1)
     ]
 
 
@@ -172,21 +190,28 @@ def over_steps(
     }
 
 
-STUDIES = ("dynamics", "flattening", "rates", "transfer")
+STUDIES = ("dynamics", "flattening", "rates", "transfer", "scaled", "coordinates")
 
 
 def do(study: str, job: Job, *, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Does one run."""
-    basic = SHORT if study == "transfer" else {"steps": STEPS, "val_windows": 1024}
+    short = study in ("transfer", "scaled", "coordinates")
+    basic = SHORT if short else {"steps": STEPS, "val_windows": 1024}
     size = {name: job[name] for name in ("width", "layers") if name in job}
+    if study == "coordinates":
+        size = {"layers": 1, "steps": scaling.UPDATES, "val_windows": 16}
     all_fields = {**basic, **size, "seed": job["seed"], **fields}
     config = configs.resolve(dataclasses.replace(configs.TINY, **all_fields))
+    arm = (TRANSFERRED if short else ARMS)[job["arm"]]
+    if study == "scaled" or job.get("scaled"):
+        arm = scaling.scaled(arm, CHECKED[job["arm"]])
     if study == "dynamics":
         found = over_steps(job, config, measure)
     elif study == "flattening":
         found = over_steps(job, config, flatten)
+    elif study == "coordinates":
+        found = {**scaling.coordinates(arm, config), **record.environment()}
     else:
-        arm = (TRANSFERRED if study == "transfer" else ARMS)[job["arm"]]
         values = {"learning_rate": job["learning_rate"]}
         found = fit(config, arm.make(values, config), config.steps)
     return {"study": study, **found}

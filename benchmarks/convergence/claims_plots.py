@@ -5,9 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.convergence import scaling
 from benchmarks.convergence.run import Run, loss_of
+from optax_matrix.diagnostics import CoordinateCheck
 
 MEASURES: Mapping[str, Callable[[Any], float]] = {
     "Frobenius norm of the weights": lambda point: point["norm"],
@@ -69,7 +72,7 @@ def transfer(runs: Sequence[Run], path: Path) -> None:
     """Plots the loss over the learning rate, by width and by depth."""
     arms = list(dict.fromkeys(run["arm"] for run in runs))
     figure = Figure(figsize=(2.6 * len(arms), 5), layout="constrained")
-    grid = figure.subplots(2, len(arms))
+    grid = figure.subplots(2, len(arms), squeeze=False)
     fixed = {"width": ("layers", 1), "layers": ("width", 64)}
     for row, (axis, (other, value)) in zip(grid, fixed.items(), strict=True):
         for axes, arm in zip(row, arms, strict=True):
@@ -80,6 +83,30 @@ def transfer(runs: Sequence[Run], path: Path) -> None:
             axes.set(title=arm, xlabel="learning rate")
         row[0].set_ylabel("validation loss")
         row[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+scaled = transfer
+
+
+def coordinates(runs: Sequence[Run], path: Path) -> None:
+    """Plots the changes of activations over the width, as means over the seeds."""
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    figure = Figure(figsize=(2.8 * len(arms), 5), layout="constrained")
+    grid = figure.subplots(2, len(arms), squeeze=False, sharey=True)
+    for row, is_scaled in zip(grid, (False, True), strict=True):
+        for axes, arm in zip(row, arms, strict=True):
+            mine = [r for r in runs if (r["arm"], r["scaled"]) == (arm, is_scaled)]
+            means = {
+                measure: {
+                    name: np.mean([run[measure][name] for run in mine], axis=0)
+                    for name in mine[0][measure]
+                }
+                for measure in ("changes", "exponents")
+            }
+            CoordinateCheck(scaling.WIDTHS, **means).plot(axes)
+            axes.set(title=f"{arm}, {'scaled rates' if is_scaled else 'one rate'}")
+            axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 

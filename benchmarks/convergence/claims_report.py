@@ -231,20 +231,27 @@ def losses_at(runs: Sequence[Run], **model: Any) -> dict[float, list[float]]:
     return losses
 
 
+LARGER = [(axis, size) for axis, sizes in AXES.items() for size in sizes[1:]]
+
+
+def lowest(losses: Mapping[float, list[float]]) -> float:
+    """Returns the rate whose loss is lowest on average."""
+    return min(losses, key=lambda rate: statistics.mean(losses[rate]))
+
+
 def kept_of(runs: Sequence[Run]) -> str:
     """Returns a table of what it costs to keep the best rate of the smallest model."""
-    models = [(axis, size) for axis, sizes in AXES.items() for size in sizes[1:]]
-    heads = ["arm", "best rate at width 64", *(f"{a} {n}" for a, n in models)]
+    heads = ["arm", "best rate at width 64", *(f"{a} {n}" for a, n in LARGER)]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
-
-    def lowest(losses: Mapping[float, list[float]]) -> float:
-        return min(losses, key=lambda rate: statistics.mean(losses[rate]))
 
     for arm in dict.fromkeys(run["arm"] for run in runs):
         kept = lowest(losses_at(runs, arm=arm))
         cells = []
-        for axis, size in models:
+        for axis, size in LARGER:
             losses = losses_at(runs, arm=arm, **{axis: size})
+            if not losses:
+                cells.append("")
+                continue
             best = lowest(losses)
             pairs = zip(losses[kept], losses[best], strict=True)
             mean, half = interval([a - b for a, b in pairs], CONFIDENCE)
@@ -271,11 +278,15 @@ def transfer_of(runs: Sequence[Run]) -> tuple[str, list[Answer]]:
         (axis, arm): np.array([[best(arm, s, axis, n) for n in sizes] for s in seeds])
         for axis, sizes in AXES.items()
         for arm in arms
+        if losses_at(runs, arm=arm, **{axis: sizes[-1]})
     }
     heads = ["arm", *(f"{axis} {n}" for axis, sizes in AXES.items() for n in sizes)]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for arm in arms:
-        cells = [_rate(each) for axis in AXES for each in found[axis, arm].T]
+        cells = []
+        for axis, sizes in AXES.items():
+            rates = found.get((axis, arm))
+            cells += [""] * len(sizes) if rates is None else map(_rate, rates.T)
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     answers = [
         judge(
@@ -290,6 +301,45 @@ def transfer_of(runs: Sequence[Run]) -> tuple[str, list[Answer]]:
 
 
 NAMES = {"width": "width", "layers": "number of layers"}
+
+
+def gained_of(scaled: Sequence[Run], plain: Sequence[Run]) -> str:
+    """Returns a table of losses at the best rate of the smallest model.
+
+    Each cell is the loss with scaled rates less that without, seed by seed.
+    """
+    heads = ["arm", "rate", *(f"{axis} {size}" for axis, size in LARGER)]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for arm in dict.fromkeys(run["arm"] for run in scaled):
+        kept = lowest(losses_at(scaled, arm=arm))
+        cells = []
+        for model in LARGER:
+            with_factors, without = (
+                losses_at(runs, arm=arm, **dict([model])).get(kept, [])
+                for runs in (scaled, plain)
+            )
+            gaps = [a - b for a, b in zip(with_factors, without, strict=False)]
+            cells.append(
+                "{:+.3f} ± {:.3f}".format(*interval(gaps, 0.95)) if gaps else ""
+            )
+        lines.append(f"| {arm} | {kept:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def coordinates_of(runs: Sequence[Run]) -> tuple[str, list[Answer]]:
+    """Returns a table of exponents, and the answers, from the runs of `coordinates`."""
+    heads = ["arm", "rates", *runs[0]["exponents"]]
+    lines, answers = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"], []
+    for arm, scaled in dict.fromkeys((run["arm"], run["scaled"]) for run in runs):
+        mine = [r for r in runs if (r["arm"], r["scaled"]) == (arm, scaled)]
+        last = {n: [run["exponents"][n][-1] for run in mine] for n in heads[2:]}
+        kind = "scaled" if scaled else "the same"
+        cells = ["{:+.2f} ± {:.2f}".format(*interval(x, 0.95)) for x in last.values()]
+        lines.append(f"| {arm} | {kind} | {' | '.join(cells)} |")
+        number = f"exponent of the head's outputs, {arm}, {kind}"
+        changes = "Outputs change as much at all widths"
+        answers.append(judge(changes, number, last["head"], -0.25, 0.25))
+    return "\n".join(lines), answers
 
 
 def _rate(logarithms: np.ndarray) -> str:
@@ -320,6 +370,8 @@ def main() -> None:
         found = ANSWERS[study](runs)
         losses, answers = found if isinstance(found, tuple) else ("", found)
         print(f"{study}\n\n{losses}\n\n{table(answers)}\n")
+        if study == "scaled" and "transfer" in studies:
+            print(f"{gained_of(runs, studies['transfer'])}\n")
         if given.plots:
             plot = getattr(claims_plots, study)
             plot(runs, given.plots / f"convergence_{study}.png")
@@ -330,6 +382,8 @@ ANSWERS = {
     "flattening": flattening_of,
     "rates": rates_of,
     "transfer": transfer_of,
+    "scaled": transfer_of,
+    "coordinates": coordinates_of,
 }
 
 
