@@ -28,6 +28,7 @@ def fields(tmp_path):
     return {**sizes, "steps": 2, "val_windows": 8, "data": str(text)}
 
 
+@pytest.mark.slow
 def test_a_point_is_that_of_its_formulas(fields):
     config = configs.resolve(dataclasses.replace(configs.TINY, **fields))
     arm = claims.ARMS["muon"]
@@ -109,6 +110,7 @@ def test_a_job_that_fails_ends_the_others(tmp_path):
     assert [run["seed"] for run in jobs.read(path)] == [0]
 
 
+@pytest.mark.slow
 def test_flattening_is_that_of_its_formulas(fields):
     config = configs.resolve(dataclasses.replace(configs.TINY, **fields))
     arm = claims.ARMS["muon"]

@@ -7,6 +7,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import optax_matrix as om
 from tests import problems
@@ -164,7 +166,6 @@ def factors_of(params):
 
 OPTIMIZERS = {
     "adamw": lambda f: optax.adamw(0.01 * f, weight_decay=0.1),
-    "muonw": lambda f: om.muonw(0.1 * f, weight_decay=0.1),
     "muonh": lambda f: om.muonh(optax.linear_schedule(0.1 * f, 0.0, 10)),
 }
 
@@ -203,6 +204,28 @@ def test_a_prefix_and_schedules_and_wrappers(tmp_path):
     (*_, got), _ = problems.run(every, params, [grads] * 4)
     chex.assert_trees_all_close(got, want, rtol=1e-5)
     chex.assert_trees_all_equal(problems.restored(state, tmp_path / "state"), state)
+
+
+def test_matrices_of_one_factor_move_together_on_eight_devices():
+    params = {
+        name: {"kernel": problems.normal((16, 16), i)} for i, name in enumerate("abc")
+    }
+    factors = {"a": 1.0, "b": 1.0, "c": 0.5}
+    mesh = jax.make_mesh((8,), ("x",), (AxisType.Auto,))
+    sharded = jax.device_put(params, NamedSharding(mesh, P("x")))
+
+    def make(placement):
+        return om.with_learning_rate_factors(
+            lambda f: om.muon(0.1 * f, placement=placement), factors
+        )
+
+    (want,), _ = problems.run(make(None), params, [params])
+    tx = make(om.Placement(sharded))
+    (got,), _ = problems.run(tx, sharded, [sharded])
+    chex.assert_trees_all_close(got, want, atol=1e-6)
+    step = jax.jit(tx.update).lower(sharded, tx.init(sharded), sharded)
+    # One exchange to whole matrices and one back, for each of two factors.
+    assert step.compile().as_text().count(" all-to-all(") == 4
 
 
 def test_boxed_parameters_have_the_factors_of_bare_ones():
