@@ -1,6 +1,7 @@
 """How much the activations of a model change in training, by width."""
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ class CoordinateCheck:
       changes: From the name of an activation to an array (steps, widths): the root mean
         square of its change since before the first step.
       exponents: From the name to an array (steps,): p of changes that grow as the width
-        to the power of p, by least squares of logarithms; NaN if a change is 0.
+        to the power of p, by least squares of logarithms; NaN if a change is 0 or not
+        finite.
     """
 
     widths: tuple[int, ...]
@@ -79,36 +81,64 @@ def coordinate_check(
     """
     if not callable(run):
         raise TypeError(f"`run` must be a function of the width, got {run!r}.")
+    if not isinstance(widths, Sequence):
+        raise TypeError(f"`widths` must be a sequence of ints, got {widths!r}.")
     widths = tuple(widths)
     for width in widths:
         _check.static_int("widths", width, 1)
     if len(widths) < 2 or list(widths) != sorted(set(widths)):
         raise ValueError(f"`widths` must be at least 2 and ascend, got {widths}.")
-    found = {width: [_by_name(tree) for tree in run(width)] for width in widths}
-    names = [[sorted(step) for step in steps] for steps in found.values()]
-    for width, each in zip(widths, names, strict=True):
-        if len(each) < 2 or each != names[0] or any(one != each[0] for one in each):
+    found = {width: _changes(run(width), width) for width in widths}
+    kinds = {
+        width: {name: len(steps) for name, steps in each.items()}
+        for width, each in found.items()
+    }
+    for width, kind in kinds.items():
+        if kind != kinds[widths[0]]:
             raise ValueError(
-                "`run` must return the same activations for all steps and widths, at "
-                f"least twice; at width {width} their names are {each}, and at "
-                f"{widths[0]} {names[0]}."
+                "`run` must return the same activations for all widths, as often; the "
+                f"numbers of steps are {kind} at width {width} and "
+                f"{kinds[widths[0]]} at {widths[0]}."
             )
     changes = {
-        name: np.array([_changes([one[name] for one in x]) for x in found.values()]).T
-        for name in names[0][0]
+        name: np.array([each[name] for each in found.values()]).T
+        for name in sorted(kinds[widths[0]])
     }
     exponents = {name: _slopes(widths, x) for name, x in changes.items()}
     return CoordinateCheck(widths, changes, exponents)
 
 
+def _changes(steps: Any, width: int) -> dict[str, list[float]]:
+    """Returns by name the root mean square of the change after each step."""
+    if not isinstance(steps, Sequence) or len(steps) < 2:
+        raise ValueError(
+            "`run` must return at least 2 trees of activations, of before the first "
+            f"step and after each, got {reprlib.repr(steps)} at width {width}."
+        )
+    first = _by_name(steps[0])
+    shapes = {name: x.shape for name, x in first.items()}
+    found: dict[str, list[float]] = {name: [] for name in first}
+    for step in map(_by_name, steps[1:]):
+        if {name: x.shape for name, x in step.items()} != shapes:
+            raise ValueError(
+                "`run` must return the same activations after each step, got the "
+                f"shapes {shapes} and { {n: x.shape for n, x in step.items()} } at "
+                f"width {width}."
+            )
+        for name, x in step.items():
+            change = np.abs(x - first[name])
+            found[name].append(float(np.sqrt(np.mean(np.square(change)))))
+    return found
+
+
 def _by_name(tree: Any) -> dict[str, np.ndarray]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {_paths.path_name(path): np.asarray(x, np.float64) for path, x in leaves}
+    return {_paths.path_name(path): _wide(leaf) for path, leaf in leaves}
 
 
-def _changes(steps: Sequence[np.ndarray]) -> list[float]:
-    """Returns the root mean square of the change after each step."""
-    return [float(np.sqrt(np.mean(np.square(x - steps[0])))) for x in steps[1:]]
+def _wide(leaf: Any) -> np.ndarray:
+    x = np.asarray(leaf)
+    return x.astype(np.result_type(x.dtype, np.float64))
 
 
 def _slopes(widths: Sequence[int], changes: np.ndarray) -> np.ndarray:

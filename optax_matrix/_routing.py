@@ -50,7 +50,7 @@ def _from_label(label: Any, reason: str, path: str) -> _rules.Decision:
 def _by_predicate(
     predicate: Callable[[str, Any], Label], places: list[_paths.Place], params: Any
 ) -> list[_rules.Decision]:
-    defaults = _by_rules(params)
+    defaults = by_rules(params)
     decisions = []
     for place, default in zip(places, defaults, strict=True):
         label = predicate(place.name, place.leaf)
@@ -78,7 +78,7 @@ def _by_tree(routing: Any, params: Any) -> list[_rules.Decision]:
     return decisions
 
 
-def _by_rules(params: Any) -> list[_rules.Decision]:
+def by_rules(params: Any) -> list[_rules.Decision]:
     """Applies the default rules, with absent leaves as evidence for the others."""
     places = [
         place
@@ -105,7 +105,7 @@ def _decide(
     """
     places = [place for place in _paths.places(params) if not place.empty]
     if routing is None:
-        decisions = _by_rules(params)
+        decisions = by_rules(params)
     elif _paths.is_function(routing):
         decisions = _by_predicate(routing, places, params)
     else:

@@ -20,11 +20,16 @@ class Leaf(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Which optimizer a leaf takes, and why."""
+    """Which optimizer a leaf takes, and why.
+
+    An auxiliary leaf that reads features out, as an output head and a router do, says
+    how its axes are read, or "unknown".
+    """
 
     optimizer: Literal["matrix", "auxiliary", "ambiguous"]
     reason: str
     layout: MatrixLayout | None = None
+    readout: MatrixLayout | Literal["unknown"] | None = None
 
 
 class _Reading(NamedTuple):
@@ -331,6 +336,14 @@ def _read_experts(leaf: Leaf, tree: _Tree) -> Decision:
     return Decision("matrix", f"expert stack: leaf named '{name}'", layout)
 
 
+def _readout(leaf: Leaf, tree: _Tree) -> MatrixLayout | Literal["unknown"]:
+    """Reads the kernel (inputs..., outputs) of a head or a router in every layer."""
+    stack, objection = tree.stack(leaf)
+    if leaf.names[-1] != "kernel" or objection or len(leaf.shape) - len(stack) < 2:
+        return "unknown"
+    return _as_layout(_Reading(0, 1), len(leaf.shape), stack)
+
+
 def _decide(leaf: Leaf, tree: _Tree) -> Decision:
     vector = _vector_name(leaf)
     if vector is not None:
@@ -341,14 +354,16 @@ def _decide(leaf: Leaf, tree: _Tree) -> Decision:
     for depth, ancestor in enumerate(modules, start=1):
         for kind, matches in (("output head", _is_head), ("embedding", _is_embedding)):
             if matches(ancestor) and tree.matrices_below(modules[:depth]) == 1:
-                return Decision("auxiliary", f"{kind}: module '{ancestor}'")
+                readout = _readout(leaf, tree) if matches is _is_head else None
+                reason = f"{kind}: module '{ancestor}'"
+                return Decision("auxiliary", reason, readout=readout)
     for ancestor in modules:
         if _is_head(ancestor) or _is_embedding(ancestor):
             return Decision(
                 "ambiguous", f"one of several matrices in module '{ancestor}'"
             )
     if _last(module) == "router" or _last(name) == "router" or tree.is_gate(leaf):
-        return Decision("auxiliary", "router")
+        return Decision("auxiliary", "router", readout=_readout(leaf, tree))
     if _last(module) in _NORMS:
         if name == "kernel":
             return Decision("ambiguous", f"a kernel in module '{module}'")

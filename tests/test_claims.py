@@ -187,7 +187,8 @@ def test_scaled_rates_are_those_of_the_base_model_times_factors(
         auxiliary = rate if arm == "adamw" else config.aux_lr
         return om.partition(lambda layout: optax.sgd(rate), optax.sgd(auxiliary))
 
-    made = scaling.scaled(Arm(sgd, {}), claims.CHECKED[arm])
+    unit = claims.CHECKED[arm]
+    made = scaling.scaled(Arm(sgd, {}), unit, over_depth=arm == "muonh")
     tx = made.make({"learning_rate": 1.0}, config)
     params = jax.tree.map(lambda x: jnp.ones(x.shape), scaling.shapes(config))
     updates, _ = tx.update(params, tx.init(params), params)
@@ -365,6 +366,7 @@ def test_scaled_rates_are_compared_with_the_same_rate():
             if study == "transfer" and job["arm"] == "adamw":
                 place += np.log2(job["width"] / 64)
             done.append({**job, "loss": 2 + place**2 + 0.01 * job["seed"]})
+    runs["transfer"].reverse()  # runs are paired by seed, not by their order
     text, answers = claims_report.transfer_of(runs["scaled"])
     assert [answer.answer for answer in answers] == ["yes"] * 3
     assert "| adamw | 0.006 | 0.006 | 0.006 | 0.006 |  |  |  |  |" in text

@@ -14,6 +14,7 @@ from benchmarks import (
     nanogpt_stages,
     polar_methods,
     preconditioners,
+    qk_clip,
     state_memory,
     step_time,
 )
@@ -138,6 +139,8 @@ def test_the_tables_of_the_docs_are_those_of_the_raw_results():
     )["optimizers"]
     runs = read(results / "state_memory_2026-11-29.jsonl")
     assert state_memory.table(runs, seconds) in said
+    said = (ROOT / "docs" / "attention.md").read_text()
+    assert qk_clip.table(read(results / "qk_clip_2026-11-29.jsonl")) in said
     tour = json.loads((results / "tour_2026-11-29.json").read_text())
     medians = [found["median"] for found in tour["ms"].values()]
     slowest = max(found["95 %"] for found in tour["ms"].values())

@@ -69,7 +69,7 @@ SIZES = [
     *({"width": 64, "layers": layers} for layers in (2, 4, 8)),
 ]
 # Arms of `transfer`, and what their learning rates mean, see `om.width_factors`.
-SCALED = {"adamw": "entrywise", "muonh": "relative"}
+SCALED = {"adamw": "entrywise", "muonh": "spectral"}
 CHECKED = {**SCALED, "muon_spectral": "spectral", "muon_rms": "rms"}
 
 
@@ -204,7 +204,8 @@ def do(study: str, job: Job, *, fields: Mapping[str, Any]) -> dict[str, Any]:
     config = configs.resolve(dataclasses.replace(configs.TINY, **all_fields))
     arm = (TRANSFERRED if short else ARMS)[job["arm"]]
     if study == "scaled" or job.get("scaled"):
-        arm = scaling.scaled(arm, CHECKED[job["arm"]])
+        unit, over_depth = CHECKED[job["arm"]], job["arm"] == "muonh"
+        arm = scaling.scaled(arm, unit, over_depth=over_depth)
     if study == "dynamics":
         found = over_steps(job, config, measure)
     elif study == "flattening":

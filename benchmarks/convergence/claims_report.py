@@ -313,15 +313,19 @@ def gained_of(scaled: Sequence[Run], plain: Sequence[Run]) -> str:
     for arm in dict.fromkeys(run["arm"] for run in scaled):
         kept = lowest(losses_at(scaled, arm=arm))
         cells = []
-        for model in LARGER:
+        for axis, size in LARGER:
+            model = {"width": 64, "layers": 1, axis: size}
+            model |= {"arm": arm, "learning_rate": kept}
             with_factors, without = (
-                losses_at(runs, arm=arm, **dict([model])).get(kept, [])
+                {r["seed"]: loss_of(r) for r in runs if model.items() <= r.items()}
                 for runs in (scaled, plain)
             )
-            gaps = [a - b for a, b in zip(with_factors, without, strict=False)]
-            cells.append(
-                "{:+.3f} ± {:.3f}".format(*interval(gaps, 0.95)) if gaps else ""
+            seeds = sorted(with_factors.keys() & without.keys())
+            gaps = [with_factors[seed] - without[seed] for seed in seeds]
+            text = (
+                "{:+.3f} ± {:.3f}".format(*interval(gaps, CONFIDENCE)) if gaps else ""
             )
+            cells.append(text)
         lines.append(f"| {arm} | {kept:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -334,7 +338,9 @@ def coordinates_of(runs: Sequence[Run]) -> tuple[str, list[Answer]]:
         mine = [r for r in runs if (r["arm"], r["scaled"]) == (arm, scaled)]
         last = {n: [run["exponents"][n][-1] for run in mine] for n in heads[2:]}
         kind = "scaled" if scaled else "the same"
-        cells = ["{:+.2f} ± {:.2f}".format(*interval(x, 0.95)) for x in last.values()]
+        cells = [
+            "{:+.2f} ± {:.2f}".format(*interval(x, CONFIDENCE)) for x in last.values()
+        ]
         lines.append(f"| {arm} | {kind} | {' | '.join(cells)} |")
         number = f"exponent of the head's outputs, {arm}, {kind}"
         changes = "Outputs change as much at all widths"

@@ -24,17 +24,16 @@ def shapes(config: Config) -> nnx.State:
     return nnx.state(nnx.eval_shape(lambda: model.GPT(*sizes, rngs=nnx.Rngs(0))))
 
 
-def scaled(arm: Arm, unit: Any) -> Arm:
-    """Returns an arm whose learning rate is that of the base model.
+def scaled(arm: Arm, unit: Any, *, over_depth: bool) -> Arm:
+    """Returns an arm whose learning rates are scaled from those of the base model.
 
-    Over width it is scaled leaf by leaf (μP). A relative one is scaled over depth as
-    well (HyperP), and that of AdamW beside it.
+    Over width they are scaled leaf by leaf (μP), and over depth all alike (HyperP).
     """
 
     def make(values: Values, config: Config) -> Stage:
         base = dataclasses.replace(config, width=BASE["width"])
         depth = config.layers / BASE["layers"]
-        deep = om.hyperp_factor(layers=depth) if unit == "relative" else 1.0
+        deep = om.hyperp_factor(depth_ratio=depth) if over_depth else 1.0
 
         def at(factor: float) -> Stage:
             rate = values["learning_rate"] * factor * deep
