@@ -256,6 +256,8 @@ def describe_state(
             f"`params` must have at least one leaf, got {treedef}. Pass the parameters "
             "or their `jax.ShapeDtypeStruct`s."
         )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        _layout.check_array(leaf, _paths.path_name(path))
     described = jax.eval_shape(lambda nodes: nodes, leaves)
     absent = [_paths.Absent(leaf.shape) for leaf in described]
 

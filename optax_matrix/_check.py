@@ -9,6 +9,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 
 def in_range(
@@ -41,6 +42,31 @@ def in_range(
         raise ValueError(
             f"`{name}` must lie in {left}{low:g}, {high:g}{right}, got {value}."
         )
+
+
+def number(
+    name: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    low_open: bool = False,
+    high_open: bool = True,
+) -> None:
+    """Raises unless `value` is a real number in the range, see `in_range`.
+
+    Raises:
+      TypeError: If `value` is something else, such as None or a schedule.
+      ValueError: If it is outside the range.
+    """
+    if value is None:
+        raise TypeError(f"`{name}` must be a real number, got None.")
+    if callable(value):
+        raise TypeError(
+            f"`{name}` must be a real number, got {_short(value)}. For a schedule, use "
+            "`optax.inject_hyperparams`."
+        )
+    in_range(name, value, low, high, low_open=low_open, high_open=high_open)
 
 
 def one_of(name: str, value: Any, choices: Collection[str | None]) -> None:
@@ -106,6 +132,21 @@ def instance(name: str, value: Any, *kinds: type) -> None:
         listed = " or ".join(f"`{kind}`" for kind in names)
         raise TypeError(
             f"`{name}` must be a {listed}, such as `{names[0]}()`, got {_short(value)}."
+        )
+
+
+def function(name: str, value: Any, of: str) -> None:
+    """Raises unless `value` can be called."""
+    if not callable(value):
+        raise TypeError(f"`{name}` must be a function of {of}, got {_short(value)}.")
+
+
+def transformation(name: str, value: Any) -> None:
+    """Raises unless `value` is an `optax.GradientTransformation`."""
+    if not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"`{name}` must be an optax.GradientTransformation, such as "
+            f"`optax.adamw(3e-3)`, got {_short(value)}."
         )
 
 

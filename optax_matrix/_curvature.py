@@ -9,7 +9,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
-from optax_matrix import _check, _linalg, _mesh
+from optax_matrix import _check, _layout, _linalg, _mesh
 
 
 def hessian_vector_product(
@@ -44,11 +44,14 @@ def hessian_vector_product(
       >>> print(hessian_vector_product(loss, params, params)["w"])
       [1. 3.]
     """
+    _check.function("loss", loss, "the parameters")
+    _layout.check_all_floating(params)
     found, wanted = jax.tree.structure(vector), jax.tree.structure(params)
     if found != wanted:
         raise ValueError(
             f"`vector` must have the structure of `params`, {wanted}, got {found}."
         )
+    _layout.check_all_floating(vector)
     return jax.jvp(jax.grad(loss), (params,), (vector,))[1]
 
 
@@ -92,9 +95,8 @@ def newton_step(
       >>> print(end["x"], end["y"])
       [2. 2. 2.] [0. 0.]
     """
-    if damping is None:
-        raise TypeError("`damping` must be a real number, got None.")
-    _check.in_range("damping", damping, 0.0)
+    _check.function("loss", loss, "the parameters")
+    _check.number("damping", damping, 0.0)
     flat, unravel = ravel_pytree(_wide(params))
 
     def flat_loss(x: jax.Array) -> jax.Array:
@@ -108,6 +110,7 @@ def newton_step(
 
 def _wide(params: optax.Params) -> optax.Params:
     """Returns the parameters in float32, or float64 where they are."""
+    _layout.check_all_floating(params)
     return jax.tree.map(lambda p: p.astype(_linalg.at_least_float32(p.dtype)), params)
 
 
@@ -129,8 +132,16 @@ def extreme_curvature(
 
     See `optax_matrix.diagnostics.largest_curvature`.
     """
+    _check.function("loss", loss, "the parameters")
     _check.static_int("steps", steps, 1)
     params = _wide(params)
+    try:
+        jax.random.split(key)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "`key` must be a key, such as `jax.random.key(0)`, got "
+            f"{type(key).__name__}."
+        ) from error
     vector = optax.tree.random_like(key, params, jax.random.normal)
     vector = optax.tree.scale(1 / optax.tree.norm(vector), vector)
     vector = jax.tree.map(_mesh.like, vector, params)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_matrix import _layout, _paths, _rules, _table
+from optax_matrix import _check, _layout, _paths, _rules, _table
 from optax_matrix._layout import MatrixLayout, MuonDimensionNumbers
 
 # What a predicate returns for a leaf, and what a tree of labels holds for it.
@@ -235,6 +235,9 @@ def partition(
       ValueError: At ``init``, under the conditions of `route`, or if no leaf is a
         matrix and the tree is neither empty nor partly masked.
     """
+
+    _check.function("matrix", matrix, "a layout that returns an optimizer")
+    _check.transformation("auxiliary", auxiliary)
 
     def delegate(tree: Any) -> optax.GradientTransformationExtraArgs:
         rows = _decide(tree, routing)

@@ -11,7 +11,6 @@ from jax.typing import ArrayLike
 
 from optax_matrix import _check, _layout, _paths, _routing, _rules
 from optax_matrix._layout import MatrixLayout
-from optax_matrix._transforms import _arguments
 
 Unit = Literal["entrywise", "orthogonal", "spectral", "mup", "rms"]
 # What the learning rate of an m×n matrix must be in proportion to: √(n/m) over the
@@ -222,8 +221,8 @@ def hyperp_factor(*, depth_ratio: ArrayLike = 1.0, token_ratio: ArrayLike = 1.0)
       >>> f"{hyperp_factor(depth_ratio=4, token_ratio=10):.3f}"
       '0.239'
     """
-    _arguments.number("depth_ratio", depth_ratio, 0.0, low_open=True)
-    _arguments.number("token_ratio", token_ratio, 0.0, low_open=True)
+    _check.number("depth_ratio", depth_ratio, 0.0, low_open=True)
+    _check.number("token_ratio", token_ratio, 0.0, low_open=True)
     return depth_ratio**-0.5 * token_ratio**-0.32
 
 
@@ -274,7 +273,7 @@ def with_learning_rate_factors(
         where = f"factors['{_paths.path_name(path)}']"
         if isinstance(factor, jax.core.Tracer):
             raise TypeError(f"`{where}` fixes the program, got a traced number.")
-        _arguments.number(where, factor, 0.0, low_open=True)
+        _check.number(where, factor, 0.0, low_open=True)
     transforms: dict[Hashable, optax.GradientTransformation] = {}
     for factor in sorted({float(factor) for factor in jax.tree.leaves(factors)}):
         transforms[str(factor)] = built = optimizer(factor)

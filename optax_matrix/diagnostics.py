@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optax_matrix import _curvature, _layout, _mesh, _paths
+from optax_matrix import _check, _curvature, _layout, _mesh, _paths
 from optax_matrix._coordinates import CoordinateCheck, coordinate_check
 from optax_matrix._curvature import Curvature
 from optax_matrix._transforms import Health, _numerics
@@ -189,6 +189,7 @@ def update_to_weight(
     def ratio(u: jax.Array, p: jax.Array) -> jax.Array:
         return _norm(u) / _norm(p)
 
+    _check_trees(updates=updates, params=params)
     return _per_matrix(ratio, layout, updates, params)
 
 
@@ -218,6 +219,7 @@ def rotation_angle(before: Any, after: Any, *, layout: _layout.Layout = None) ->
         b = _numerics.divide_or_zero(b, _norm(b, keepdims=True))
         return 2 * jnp.arctan2(_norm(a - b), _norm(a + b))
 
+    _check_trees(before=before, after=after)
     return _per_matrix(angle, layout, before, after)
 
 
@@ -241,6 +243,8 @@ def signal_to_noise(first: Any, second: Any, *, eps: ArrayLike = 1e-30) -> Any:
         m, v = _numerics.wide(m), _numerics.wide(v)
         return jnp.abs(m) * jax.lax.rsqrt(v + _numerics.as_scalar(eps, v))
 
+    _check.number("eps", eps, 0.0)
+    _check_trees(first=first, second=second)
     return jax.tree.map(ratio, first, second)
 
 
@@ -322,6 +326,22 @@ def check_refreshes(state: Any) -> dict[str, Health]:
             "for non-finite or vanishing gradients, or raise `damping`."
         )
     return found
+
+
+def _check_trees(**trees: Any) -> None:
+    """Raises unless trees have the structure of the first, and floating leaves."""
+    (name, first), *_ = trees.items()
+    wanted = jax.tree.structure(_paths.unboxed(first))
+    for other, tree in trees.items():
+        try:
+            _layout.check_all_floating(tree)
+        except TypeError as error:
+            raise TypeError(f"`{other}`: {error}") from None
+        found = jax.tree.structure(_paths.unboxed(tree))
+        if found != wanted:
+            raise ValueError(
+                f"`{other}` must have the structure of `{name}`, {wanted}, got {found}."
+            )
 
 
 def _per_matrix(

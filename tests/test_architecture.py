@@ -26,7 +26,7 @@ LEVELS = {
     "_table": 0,
     "_linalg": 1,
     "_presets": 1,
-    "_curvature": 2,
+    "_curvature": 3,
     "_evaluation": 1,
     "_layout": 2,
     "_placement": 3,

@@ -12,7 +12,7 @@ MuonDimensionNumbers = optax.contrib.MuonDimensionNumbers
 
 def int_tuple(name: str, value: Any) -> tuple[int, ...]:
     items = value if isinstance(value, Sequence) else (value,)
-    if isinstance(value, str) or any(isinstance(item, bool) for item in items):
+    if isinstance(value, str | bytes) or any(isinstance(item, bool) for item in items):
         raise TypeError(f"`{name}` must hold integers, got {value!r}.")
     try:
         return tuple(operator.index(item) for item in items)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_matrix import _paths
+from optax_matrix import _check, _paths
 from optax_matrix._layout.layout import LayoutSpec, MuonDimensionNumbers
 from optax_matrix._layout.view import MatrixView, view
 
@@ -31,12 +31,26 @@ def _is_entry(node: Any) -> bool:
     return isinstance(node, MuonDimensionNumbers | optax.MaskedNode)
 
 
+def check_array(leaf: Any, path: str) -> None:
+    """Raises unless a leaf has a shape and a dtype, or is a number.
+
+    Raises:
+      TypeError: With the leaf's path and type.
+    """
+    if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
+        raise TypeError(
+            f"Leaves must be arrays, got {type(leaf).__name__} at '{path}'. Remove the "
+            "leaf, or route it to another optimizer."
+        )
+
+
 def check_floating(leaf: Any, path: str) -> None:
     """Raises unless a leaf is real and floating.
 
     Raises:
       TypeError: With the leaf's path and dtype.
     """
+    check_array(leaf, path)
     dtype = jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
@@ -126,8 +140,8 @@ def tree_map(
       A tree with the structure of ``tree``.
 
     Raises:
-      TypeError: If an entry of ``layout`` is not a layout, or a leaf is not real
-        floating.
+      TypeError: If an entry of ``layout`` is not a layout, a leaf is not real floating,
+        or ``fn`` not a function.
       ValueError: If ``layout`` does not match ``tree``, or a layout does not fit its
         leaf.
 
@@ -137,6 +151,8 @@ def tree_map(
       >>> print(tree_map(sums, None, {"kernel": jnp.ones((3, 2))})["kernel"])
       [[3. 3.]]
     """
+    _check.function("fn", fn, "a view and leaves")
+    _check.boolean("keep_boxes", keep_boxes)
     bare = jax.tree.structure(_paths.unboxed(tree))
     others = [bare.flatten_up_to(_paths.unboxed(other)) for other in rest]
     results = [

@@ -137,7 +137,7 @@ class CoefficientTable:
                 f"`steps={steps}`. Pass `{wanted}`, or a table of your own."
             )
         s = self.safety if safety is None else safety
-        _check.in_range("safety", s, 1.0)
+        _check.number("safety", s, 1.0)
 
         scaled = [(a / s, b / s**3, c / s**5) for a, b, c in self.rows[:-1]]
         rows = [*scaled, self.rows[-1]][:steps]

@@ -50,6 +50,8 @@ def as_precision(value: Any) -> Precision:
     if value is None or isinstance(value, jax.lax.DotAlgorithmPreset):
         return value
     try:
+        if not isinstance(value, str | jax.lax.Precision):
+            raise ValueError("numbers are also converted")
         return jax.lax.Precision(value)
     except ValueError:
         names = [precision.name.lower() for precision in jax.lax.Precision]

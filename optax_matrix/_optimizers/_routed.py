@@ -74,7 +74,7 @@ def routed(
         # As in nanoGPT and its successors; 0.999 forgets too slowly for short runs.
         auxiliary = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.0)
     else:
-        _arguments.transformation("auxiliary", auxiliary)
+        _check.transformation("auxiliary", auxiliary)
         if auxiliary_learning_rate is not None:
             raise ValueError(
                 "`auxiliary_learning_rate` is that of the default auxiliary optimizer "
@@ -85,6 +85,7 @@ def routed(
 
 def factor(shape_scale: _transforms.ShapeScale | None) -> float:
     """Returns the learning rate of AdamW over that of matrices scaled by shape."""
+    _check.one_of("shape_scale", shape_scale, (None, "spectral", "mup", "rms"))
     return 1.0 if shape_scale == "rms" else 0.15
 
 
@@ -95,6 +96,7 @@ def decayed(
 
     With an array or a schedule, Optax returns float32 for bfloat16.
     """
+    _arguments.mask("weight_decay_mask", mask)
     return _transforms.float32_statistics(optax.add_decayed_weights(weight_decay, mask))
 
 

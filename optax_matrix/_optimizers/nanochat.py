@@ -8,6 +8,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _layout, _linalg, _placement, _routing, _transforms
 from optax_matrix._optimizers import _routed
+from optax_matrix._transforms import _arguments
 
 _TABLE = _linalg.TABLES["polar_express5"]
 # nanochat divides the matrix by 1.01 times its norm; the factor is folded into the
@@ -68,6 +69,7 @@ def nanochat_muon(
       in bfloat16.
     """
     _routed.check(learning_rate, weight_decay, orthogonalize)
+    _arguments.mask("weight_decay_mask", weight_decay_mask)
     _routed.check_pieces(placement)
 
     def matrix(layout: _layout.Layout) -> optax.GradientTransformation:

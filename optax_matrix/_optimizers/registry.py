@@ -6,6 +6,7 @@ from typing import Any
 
 import optax
 
+from optax_matrix import _check
 from optax_matrix._optimizers.dion import dion
 from optax_matrix._optimizers.halley_muon import halley_muon
 from optax_matrix._optimizers.hopper import adamuon, hopper
@@ -113,8 +114,5 @@ def make_optimizer(
     Example:
       >>> tx = make_optimizer("muon", 0.02, auxiliary_learning_rate=3e-3)
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(
-            f"`name` must be one of {', '.join(OPTIMIZERS)}, got {name!r}."
-        )
+    _check.one_of("name", name, OPTIMIZERS)
     return optax.with_extra_args_support(OPTIMIZERS[name](learning_rate, **settings))

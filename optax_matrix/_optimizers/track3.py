@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_matrix import _layout, _linalg, _placement, _routing, _transforms
 from optax_matrix._optimizers import _routed
-from optax_matrix._transforms import SOAP
+from optax_matrix._transforms import SOAP, _arguments
 
 
 @_routed.documented("0.15")
@@ -78,6 +78,7 @@ def track3(
       matrix that starts at zero takes a full first step, and one of length 1e-8 there.
     """
     _routed.check(learning_rate, weight_decay, orthogonalize)
+    _arguments.mask("weight_decay_mask", weight_decay_mask)
     decay = _routed.product(learning_rate, weight_decay)
 
     def retract(layout: _layout.Layout) -> optax.GradientTransformation:

@@ -70,11 +70,13 @@ class Placement:
         _check.static_number("piece_scale", self.piece_scale)
         _check.in_range("piece_scale", self.piece_scale, 0.0)
         object.__setattr__(self, "piece_scale", float(self.piece_scale))
-        tree = jax.tree.map(
+
+        def sharding_of(leaf: Any) -> Any:
+            found = getattr(leaf, "sharding", None)
             # That of a `jax.ShapeDtypeStruct` may be None, which is no leaf.
-            lambda leaf: getattr(leaf, "sharding", leaf) or leaf,
-            _paths.unboxed(self.sharding),
-        )
+            return leaf if found is None else found
+
+        tree = jax.tree.map(sharding_of, _paths.unboxed(self.sharding))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             named = isinstance(leaf, jax.NamedSharding)
             if not named and not isinstance(leaf, jax.sharding.SingleDeviceSharding):

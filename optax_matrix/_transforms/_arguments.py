@@ -4,37 +4,13 @@ import math
 import reprlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from jax.typing import DTypeLike
 
-from optax_matrix import _check
+from optax_matrix import _check, _paths
 from optax_matrix._transforms import _moments
-
-
-def number(
-    name: str,
-    value: Any,
-    low: float,
-    high: float = math.inf,
-    *,
-    low_open: bool = False,
-    high_open: bool = True,
-) -> None:
-    """Raises unless `value` is a real number in the range, see `_check.in_range`.
-
-    Raises:
-      TypeError: If `value` is something else, such as None or a schedule.
-      ValueError: If it is outside the range.
-    """
-    if value is None:
-        raise TypeError(f"`{name}` must be a real number, got None.")
-    if callable(value):
-        raise TypeError(
-            f"`{name}` must be a real number, got {reprlib.repr(value)}. For a "
-            "schedule, use `optax.inject_hyperparams`."
-        )
-    _check.in_range(name, value, low, high, low_open=low_open, high_open=high_open)
 
 
 def number_or_schedule(
@@ -42,7 +18,7 @@ def number_or_schedule(
 ) -> None:
     """Raises unless `value` is a schedule, or a real number in [low, high)."""
     if not callable(value):
-        number(name, value, low, high)
+        _check.number(name, value, low, high)
 
 
 def mixture(decays: Any, weights: Any) -> None:
@@ -59,13 +35,20 @@ def mixture(decays: Any, weights: Any) -> None:
         )
 
 
-def transformation(name: str, value: Any) -> None:
-    """Raises unless `value` is an `optax.GradientTransformation`."""
-    if not isinstance(value, optax.GradientTransformation):
-        raise TypeError(
-            f"`{name}` must be an optax.GradientTransformation, such as "
-            f"`optax.adamw(3e-3)`, got {reprlib.repr(value)}."
-        )
+def mask(name: str, value: Any) -> None:
+    """Raises unless `value` is a tree of booleans, a function, or None.
+
+    Raises:
+      TypeError: With the path of another leaf.
+    """
+    if callable(value):
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+        if not isinstance(leaf, bool | np.bool_):
+            raise TypeError(
+                f"`{name}` must be a function of the parameters or a tree of booleans, "
+                f"got {reprlib.repr(leaf)} at '{_paths.path_name(path)}'."
+            )
 
 
 def state_dtype(

@@ -9,7 +9,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_matrix import _layout, _linalg, _placement
+from optax_matrix import _check, _layout, _linalg, _placement
 from optax_matrix._transforms import _arguments, _moments, _numerics, _preconditioner
 from optax_matrix._transforms._moments import Moment
 from optax_matrix._transforms._preconditioner import (
@@ -214,8 +214,8 @@ def transformation(
     `more` has further hyperparameters of the rule, which are not checked.
     """
     _arguments.number_or_schedule("momentum", momentum, 0.0, 1.0)
-    _arguments.number("b2", b2, 0.0, 1.0)
-    _arguments.number("eps", eps, 0.0, low_open=True)
+    _check.number("b2", b2, 0.0, 1.0)
+    _check.number("eps", eps, 0.0, low_open=True)
     _preconditioner.check_refresh(refresh, 0)
     scalars = {
         "momentum": momentum,

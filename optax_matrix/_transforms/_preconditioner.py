@@ -70,7 +70,7 @@ class Preconditioner:
     def _store_number(self, name: str, high: float = math.inf, **bounds: bool) -> None:
         """Checks a number from 0 to `high`, and stores it as a Python float."""
         value = getattr(self, name)
-        _arguments.number(name, value, 0.0, high, **bounds)
+        _check.number(name, value, 0.0, high, **bounds)
         object.__setattr__(self, name, float(value))
 
 

@@ -74,9 +74,9 @@ def ema_lookahead(
       `arXiv:2605.25395 <https://arxiv.org/abs/2605.25395>`_, and the modded-nanogpt
       optimization track, records 40 to 46, 2026.
     """
-    _arguments.transformation("inner", inner)
+    _check.transformation("inner", inner)
     _arguments.number_or_schedule("strength", strength, 0.0)
-    _arguments.number("momentum", momentum, 0.0, 1.0)
+    _check.number("momentum", momentum, 0.0, 1.0)
     wrapped = optax.with_extra_args_support(inner)
 
     def at(count: jax.Array) -> jax.Array:

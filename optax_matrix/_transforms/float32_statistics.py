@@ -3,8 +3,8 @@
 import jax
 import optax
 
-from optax_matrix import _layout
-from optax_matrix._transforms import _arguments, _numerics
+from optax_matrix import _check, _layout
+from optax_matrix._transforms import _numerics
 
 
 def float32_statistics(
@@ -26,7 +26,7 @@ def float32_statistics(
       TypeError: At construction, if ``inner`` is not a transformation; at ``init``, for
         leaves that are not real floating, with their paths.
     """
-    _arguments.transformation("inner", inner)
+    _check.transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> optax.OptState:

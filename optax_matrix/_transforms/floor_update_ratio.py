@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_matrix import _check, _layout
-from optax_matrix._transforms import _arguments, _numerics, _stateless
+from optax_matrix._transforms import _numerics, _stateless
 
 
 def floor_update_ratio(
@@ -46,7 +46,7 @@ def floor_update_ratio(
       The update/weight floor of the modded-nanogpt optimization track, `record 9
       <https://github.com/KellerJordan/modded-nanogpt>`_, 2026; per output in record 46.
     """
-    _arguments.number("floor", floor, 0.0)
+    _check.number("floor", floor, 0.0)
     _check.one_of("per", per, ("matrix", "output"))
 
     def norm(view: _layout.MatrixView, x: jax.Array) -> jax.Array:

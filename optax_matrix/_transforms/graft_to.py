@@ -6,7 +6,7 @@ import jax
 import optax
 
 from optax_matrix import _check, _layout
-from optax_matrix._transforms import _arguments, _numerics
+from optax_matrix._transforms import _numerics
 
 
 class GraftToState(NamedTuple):
@@ -59,8 +59,8 @@ def graft_to(
     References:
       Agarwal et al., 2020, `arXiv:2002.11803 <https://arxiv.org/abs/2002.11803>`_.
     """
-    _arguments.transformation("magnitude", magnitude)
-    _arguments.transformation("direction", direction)
+    _check.transformation("magnitude", magnitude)
+    _check.transformation("direction", direction)
     if block_size is not None:
         _check.static_int("block_size", block_size, 1)
     sizes = optax.with_extra_args_support(magnitude)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_matrix import _layout
-from optax_matrix._transforms import _arguments, _numerics, _stateless
+from optax_matrix import _check, _layout
+from optax_matrix._transforms import _numerics, _stateless
 
 
 def match_rms(
@@ -43,7 +43,7 @@ def match_rms(
     """
     if rms is None:
         return _stateless.unchanged()
-    _arguments.number("rms", rms, 0.0, low_open=True)
+    _check.number("rms", rms, 0.0, low_open=True)
 
     def rescale(view: _layout.MatrixView, u: jax.Array) -> jax.Array:
         wide = _numerics.wide(u)

@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_matrix import _check, _layout, _mesh
-from optax_matrix._transforms import _arguments, _numerics
+from optax_matrix._transforms import _numerics
 
 
 class ObliqueTangentState(NamedTuple):
@@ -62,7 +62,7 @@ def oblique_tangent(
       Differs: norms have no lower bound of 1e-8; instead, the rounding residue of a
       parallel vector is set to zero.
     """
-    _arguments.number("rms", rms, 0.0, low_open=True)
+    _check.number("rms", rms, 0.0, low_open=True)
 
     def init(params: optax.Params) -> ObliqueTangentState:
         _layout.tree_views(layout, params)  # A leaf that does not fit raises here.

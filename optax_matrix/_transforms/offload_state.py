@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_matrix._transforms import _arguments
+from optax_matrix import _check
 
 
 def offload_state(
@@ -44,7 +44,7 @@ def offload_state(
       >>> state.momentum.sharding.memory_kind
       'pinned_host'
     """
-    _arguments.transformation("inner", inner)
+    _check.transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> optax.OptState:

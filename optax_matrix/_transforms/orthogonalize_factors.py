@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_matrix import _check, _layout, _linalg, _mesh, _paths, _placement
-from optax_matrix._transforms import _arguments, _numerics
+from optax_matrix._transforms import _numerics
 from optax_matrix._transforms.orthogonalize import orthogonalize
 
 # Takes the path of a leaf, and returns which product it is a factor of, and of which
@@ -90,7 +90,7 @@ def orthogonalize_factors(
     if factors is not None and not _paths.is_function(factors):
         raise TypeError(f"`factors` must be a function of a path, got {factors!r}.")
     of_path = _flax_factor if factors is None else factors
-    _arguments.number("damping", damping, 0.0)
+    _check.number("damping", damping, 0.0)
     _placement.as_placement(placement)  # Refuses a period.
     polar = orthogonalize(_linalg.as_method(method), placement=placement)
 

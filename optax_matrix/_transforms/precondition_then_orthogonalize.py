@@ -2,8 +2,7 @@
 
 import optax
 
-from optax_matrix import _layout, _linalg, _placement
-from optax_matrix._transforms import _arguments
+from optax_matrix import _check, _layout, _linalg, _placement
 from optax_matrix._transforms.orthogonalize import orthogonalize
 
 
@@ -34,7 +33,7 @@ def precondition_then_orthogonalize(
       TypeError: At construction, if ``precondition`` is not a transformation.
       ValueError: As `orthogonalize`.
     """
-    _arguments.transformation("precondition", precondition)
+    _check.transformation("precondition", precondition)
     return optax.chain(
         precondition, orthogonalize(method, layout=layout, placement=placement)
     )

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from optax_matrix import _check, _layout, _paths
 from optax_matrix._layout.layout import int_tuple
-from optax_matrix._transforms import _arguments, _numerics
+from optax_matrix._transforms import _numerics
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,8 +55,14 @@ class QKProjection:
             raise TypeError(f"`layer` must be a string, got {self.layer!r}.")
         if not int_tuple("axes", self.axes):
             raise ValueError("`axes` must name at least one axis, got ().")
-        if not np.all(np.asarray(self.power, np.float64) >= 0):
-            raise ValueError(f"`power` must not be negative, got {self.power}.")
+        try:
+            power = np.asarray(self.power, np.float64)
+        except (TypeError, ValueError):
+            raise TypeError(f"`power` must hold numbers, got {self.power!r}.") from None
+        if not np.all((power >= 0) & np.isfinite(power)):
+            raise ValueError(
+                f"`power` must not be negative or infinite, got {self.power}."
+            )
         if self.heads is not None:
             heads = np.asarray(self.heads)
             if not np.issubdtype(heads.dtype, np.integer):
@@ -241,7 +247,7 @@ def qk_clip(
       `arXiv:2507.20534 <https://arxiv.org/abs/2507.20534>`_, for multi-head and latent
       attention; queries with shared keys are scaled like those with shared rotary keys.
     """
-    _arguments.number("threshold", threshold, 0.0, low_open=True)
+    _check.number("threshold", threshold, 0.0, low_open=True)
     if not _paths.is_function(projections):
         raise TypeError(
             f"`projections` must be a function of (path, leaf), got {projections!r}."

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_matrix import _layout
-from optax_matrix._transforms import _arguments, _numerics, _stateless
+from optax_matrix import _check, _layout
+from optax_matrix._transforms import _numerics, _stateless
 
 
 def radial_brake(
@@ -44,8 +44,8 @@ def radial_brake(
       The modded-nanogpt optimization track, record 46, 2026, with 0.5 outward; Radial
       Brake of NVIDIA's Emerging-Optimizers.
     """
-    _arguments.number("outward", outward, 0.0)
-    _arguments.number("inward", inward, 0.0)
+    _check.number("outward", outward, 0.0)
+    _check.number("inward", inward, 0.0)
 
     def brake(view: _layout.MatrixView, u: jax.Array, p: jax.Array) -> jax.Array:
         wide, p = _numerics.wide(u), p.astype(_numerics.wide_dtype(u))

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_matrix import _layout
-from optax_matrix._transforms import _arguments, _numerics
+from optax_matrix import _check, _layout
+from optax_matrix._transforms import _numerics
 
 
 class ScaleByNeuronVarianceState(NamedTuple):
@@ -60,8 +60,8 @@ def scale_by_neuron_variance(
     References:
       Li et al., 2025, NorMuon, `arXiv:2510.05491 <https://arxiv.org/abs/2510.05491>`_.
     """
-    _arguments.number("b2", b2, 0.0, 1.0)
-    _arguments.number("eps", eps, 0.0, low_open=True)
+    _check.number("b2", b2, 0.0, 1.0)
+    _check.number("eps", eps, 0.0, low_open=True)
 
     def init(params: optax.Params) -> ScaleByNeuronVarianceState:
         def zeros(view: _layout.MatrixView, p: jax.Array) -> jax.Array:

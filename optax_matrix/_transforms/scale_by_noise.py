@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_matrix import _layout
+from optax_matrix import _check, _layout
 from optax_matrix._transforms import _arguments, _moments, _numerics
 from optax_matrix._transforms._moments import Moment
 
@@ -83,8 +83,8 @@ def scale_by_noise(
     """
     _arguments.number_or_schedule("momentum", momentum, 0.0, 1.0)
     if gamma is not None:
-        _arguments.number("gamma", gamma, 0.0)
-    _arguments.number("eps", eps, 0.0, low_open=True)
+        _check.number("gamma", gamma, 0.0)
+    _check.number("eps", eps, 0.0, low_open=True)
     mu_dtype = _arguments.mu_dtype(mu_dtype, divided=True)
     nu_dtype = _arguments.nu_dtype(nu_dtype)
 

@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_matrix import _check, _layout
-from optax_matrix._transforms import _arguments, _numerics, _stateless
+from optax_matrix._transforms import _numerics, _stateless
 
 ShapeScale = Literal["spectral", "mup", "rms"]
 
@@ -51,7 +51,7 @@ def scale_by_shape(
       2025, `arXiv:2502.16982 <https://arxiv.org/abs/2502.16982>`_.
     """
     _check.one_of("shape_scale", shape_scale, (None, "spectral", "mup", "rms"))
-    _arguments.number("rms", rms, 0.0, low_open=True)
+    _check.number("rms", rms, 0.0, low_open=True)
     if shape_scale is None:
         return _stateless.unchanged()
 

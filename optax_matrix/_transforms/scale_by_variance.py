@@ -75,13 +75,13 @@ def scale_by_variance(
       Kingma and Ba, 2015, `arXiv:1412.6980 <https://arxiv.org/abs/1412.6980>`_; Si et
       al., 2025, AdaMuon, `arXiv:2507.11005 <https://arxiv.org/abs/2507.11005>`_.
     """
-    _arguments.number("b2", b2, 0.0, 1.0)
-    _arguments.number("eps", eps, 0.0, low_open=True)
+    _check.number("b2", b2, 0.0, 1.0)
+    _check.number("eps", eps, 0.0, low_open=True)
     _check.boolean("debias", debias)
     nu_dtype = _arguments.nu_dtype(nu_dtype)
     if inner is None:
         inner = optax.identity()
-    _arguments.transformation("inner", inner)
+    _check.transformation("inner", inner)
     divided = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> ScaleByVarianceState:

@@ -295,8 +295,8 @@ def shampoo_precondition(
     if momentum is not None:
         _arguments.number_or_schedule("momentum", momentum, 0.0, 1.0)
     if b2 is not None:
-        _arguments.number("b2", b2, 0.0, 1.0)
-    _arguments.number("damping", damping, 0.0)
+        _check.number("b2", b2, 0.0, 1.0)
+    _check.number("damping", damping, 0.0)
     _preconditioner.check_refresh(refresh, start)
     _check.instance("preconditioner", preconditioner, Shampoo)
     rule = ShampooRule(

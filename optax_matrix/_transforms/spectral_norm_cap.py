@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_matrix import _layout
-from optax_matrix._transforms import _arguments, _numerics, _top_singular
+from optax_matrix import _check, _layout
+from optax_matrix._transforms import _numerics, _top_singular
 
 
 def spectral_norm_cap(
@@ -43,7 +43,7 @@ def spectral_norm_cap(
       <https://arxiv.org/abs/2507.13338>`_, who compare it with caps that clip singular
       values one by one.
     """
-    _arguments.number("limit", limit, 0.0, low_open=True)
+    _check.number("limit", limit, 0.0, low_open=True)
 
     def factor(view: _layout.MatrixView, value: jax.Array) -> jax.Array:
         del view

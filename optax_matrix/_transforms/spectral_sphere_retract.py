@@ -6,8 +6,8 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_matrix import _layout
-from optax_matrix._transforms import _arguments, _numerics, _top_singular
+from optax_matrix import _check, _layout
+from optax_matrix._transforms import _numerics, _top_singular
 
 
 def spectral_sphere_retract(
@@ -58,7 +58,7 @@ def spectral_sphere_retract(
       gradients are taken on the sphere and weight decay has an effect; in the authors'
       code the next retraction undoes it. Lanczos instead of power iterations.
     """
-    _arguments.number("radius", radius, 0.0, low_open=True)
+    _check.number("radius", radius, 0.0, low_open=True)
 
     def factor(view: _layout.MatrixView, value: jax.Array) -> jax.Array:
         shape = np.sqrt(np.asarray(view.fan_out()) / np.maximum(view.fan_in(), 1))

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_matrix._transforms import _arguments, _numerics
+from optax_matrix import _check
+from optax_matrix._transforms import _numerics
 
 
 class SwitchAtState(NamedTuple):
@@ -48,9 +49,9 @@ def switch_at(
       >>> import optax_matrix as om
       >>> tx = switch_at(200, om.hopper(1e-3, routing="matrix"), optax.adam(1e-3))
     """
-    _arguments.number("step", step, 0.0)
-    _arguments.transformation("first", first)
-    _arguments.transformation("second", second)
+    _check.number("step", step, 0.0)
+    _check.transformation("first", first)
+    _check.transformation("second", second)
     first = optax.with_extra_args_support(first)
     second = optax.with_extra_args_support(second)
 

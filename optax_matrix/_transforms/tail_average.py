@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from optax_matrix import _check, _layout
 from optax_matrix._evaluation import check_whole, evaluation_params
-from optax_matrix._transforms import _arguments, _numerics
+from optax_matrix._transforms import _numerics
 
 
 class TailAverageState(NamedTuple):
@@ -72,10 +72,10 @@ def tail_average(
       The modded-nanogpt optimization track, records 45 and 46, 2026 (from step 2,400 of
       2,900; the embedding is left out there).
     """
-    _arguments.transformation("inner", inner)
+    _check.transformation("inner", inner)
     _check.whole_number("start", start, 0)
-    _arguments.number("horizon", horizon, 1.0)
-    _arguments.number("weight", weight, 0.0, 1.0, high_open=False)
+    _check.number("horizon", horizon, 1.0)
+    _check.number("weight", weight, 0.0, 1.0, high_open=False)
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> TailAverageState:

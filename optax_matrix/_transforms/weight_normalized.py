@@ -8,7 +8,7 @@ import optax
 from jax import Array
 
 from optax_matrix import _check, _layout
-from optax_matrix._transforms import _arguments, _numerics
+from optax_matrix._transforms import _numerics
 
 View = _layout.MatrixView
 # The least norm of an output; an output that is zero is taken for one of this norm.
@@ -81,8 +81,8 @@ def weight_normalized(
       Salimans and Kingma, 2016, `arXiv:1602.07868 <https://arxiv.org/abs/1602.07868>`_;
       Lion et al., 2026, Muown, `arXiv:2605.10797 <https://arxiv.org/abs/2605.10797>`_.
     """
-    _arguments.transformation("direction", direction)
-    _arguments.transformation("magnitude", magnitude)
+    _check.transformation("direction", direction)
+    _check.transformation("magnitude", magnitude)
     ways = optax.with_extra_args_support(direction)
     sizes = optax.with_extra_args_support(magnitude)
 
