@@ -106,7 +106,8 @@ class Checkpoints:
         A checkpoint is skipped, with a message, if its files have changed or its
         parameters are not finite. Skipped checkpoints are deleted once an older one is
         restored, because the run will save these steps again. Raises if there are
-        checkpoints but none is valid.
+        checkpoints but none is valid, or if a valid one is of another model or
+        optimizer.
 
         Args:
           like: A state with the wanted types and shardings, returned with step 0 if
@@ -120,7 +121,13 @@ class Checkpoints:
             problem = _damage(self._folder / str(step))
             # Restoring is collective, so all processes must skip the same checkpoints.
             if not processes.largest(bool(problem)):
-                state = self._read(step, like)
+                try:
+                    state = self._read(step, like)
+                except ValueError as error:
+                    raise ValueError(
+                        f"checkpoint {step} in {self._folder} is of another model or "
+                        f"optimizer: {error}"
+                    ) from error
                 problem = _non_finite(state.params)
                 if not problem:
                     for skipped in problems:

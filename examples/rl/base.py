@@ -78,11 +78,17 @@ def load(
     names = [f"arr_{place}" for place in range(len(leaves))]  # those of savez
     path = FOLDER / f"{VERSION[:12]}-{steps}-{seed}.npz"
     if path.exists():
-        with np.load(path) as file:
-            arrays = [file[name] for name in names]
+        damaged = f"{path} is damaged: delete it, and it is made again"
+        try:
+            with path.open("rb") as opened, np.load(opened) as file:
+                arrays = [file[name] for name in names]
+            about = json.loads(path.with_suffix(".json").read_text())
+            saved = about["sha256"]
+        except Exception as error:  # NumPy raises many unrelated types
+            raise ValueError(damaged) from error
         digest = record.digest(arrays)
-        if digest != json.loads(path.with_suffix(".json").read_text())["sha256"]:
-            raise ValueError(f"{path} is damaged: delete it, and it is made again")
+        if digest != saved:
+            raise ValueError(damaged)
         say(f"base {path}, sha256 {digest}")
         return graph, jax.tree.unflatten(tree, [jnp.asarray(x) for x in arrays])
     graph, params = train(steps, seed, quiet)

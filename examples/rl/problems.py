@@ -62,7 +62,8 @@ def load(source: str, count: int, seed: int) -> list[Problem]:
 def gsm8k(path: Path) -> list[Problem]:
     """Reads a file with a JSON object per line: `question`, and `answer` with ####."""
     problems = []
-    for place, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for place, line in enumerate(text.splitlines(), 1):
         problem = _of_line(line)
         if problem is None:
             raise ValueError(
