@@ -42,7 +42,7 @@ class CoordinateCheck:
         """Draws the changes after the last step over the width, a line per activation.
 
         Args:
-          axes: A Matplotlib `Axes`.
+          axes: The axes of a Matplotlib figure.
         """
         for name, changes in self.changes.items():
             label = f"{name}: {self.exponents[name][-1]:+.2f}"
