@@ -71,7 +71,7 @@ def test_studies_are_continued(tmp_path):
         return {"loss": 1.0, "points": [{"step": 0}]}
 
     counts = {"dynamics": 15, "flattening": 3, "rates": 30, "transfer": 525}
-    counts |= {"scaled": 165, "coordinates": 24}
+    counts |= {"scaled": 165, "auxiliary": 54, "coordinates": 24}
     assert counts.keys() == set(claims.STUDIES)
     for study, count in counts.items():
         path, todo = tmp_path / f"{study}.jsonl", claims.jobs_of(study)
@@ -376,6 +376,19 @@ def test_scaled_rates_are_compared_with_the_same_rate():
     assert gained.splitlines()[-1] == "| muonh | 0.1 |" + " +0.000 ± 0.000 |" * 6
 
 
+def test_losses_beside_a_tuned_auxiliary_are_paired():
+    runs = [
+        {**job, "loss": 2 + 0.1 * job["seed"] - (0.25 if job["scaled"] else 0)}
+        for job in claims.jobs_of("auxiliary")
+    ]
+    text, answers = claims_report.auxiliary_of(runs)
+    lines = text.splitlines()
+    assert len(lines) == 2 + 9 and not answers
+    assert lines[5] == "| width 512 | the same | 2.200 | 2.200 | 2.200 |"
+    assert lines[-2] == "| width 64, 8 layers | scaled | 1.950 | 1.950 | 1.950 |"
+    assert lines[-1].endswith("| difference |" + " -0.250 ± 0.000 |" * 3)
+
+
 def checked(job, exponent):
     """A run of `coordinates` in which the head's changes follow a power law."""
     changes = [[0.1 * width**exponent for width in scaling.WIDTHS]] * 2
@@ -408,5 +421,5 @@ def test_every_study_has_a_plot(tmp_path):
         path = tmp_path / f"{study}.png"
         getattr(claims_plots, study)(done, path)
         assert path.stat().st_size > 1000
-    studies = {*runs, "dynamics", "coordinates"}
+    studies = {*runs, "dynamics", "coordinates", "auxiliary"}
     assert studies == claims_report.ANSWERS.keys() == set(claims.STUDIES)

@@ -10,9 +10,10 @@ does so with the share of singular values that 0 to 5 Newton-Schulz steps bring 
 `rates` trains MuonW and MuonH at five learning rates with the usual schedule, and
 `transfer` five optimizers in short runs of models of four widths and four depths.
 `scaled` repeats this for two of them with learning rates that are scaled from those of
-the smallest model, and `coordinates` records how much activations change in ten steps
-of models of four widths, with and without that. Each line of a file is a run; the same
-command continues an existing file.
+the smallest model, and `auxiliary` some of that for MuonH beside an AdamW at the rate
+that was best for AdamW alone. `coordinates` records how much activations change in ten
+steps of models of four widths, with and without scaled rates. Each line of a file is a
+run; the same command continues an existing file.
 """
 
 import argparse
@@ -84,6 +85,15 @@ def jobs_of(study: str) -> list[Job]:
             {"arm": arm, "scaled": is_scaled, "seed": seed}
             for arm in CHECKED
             for seed in SEEDS
+            for is_scaled in (False, True)
+        ]
+    if study == "auxiliary":
+        rates = (0.1, 0.2, 0.4)
+        return [
+            {"arm": "muonh", **size, "scaled": is_scaled, "seed": s, "learning_rate": r}
+            for size in (SIZES[0], SIZES[3], SIZES[-1])
+            for r in rates
+            for s in SEEDS
             for is_scaled in (False, True)
         ]
     arms, sizes = TRANSFERRED, SIZES
@@ -190,16 +200,19 @@ def over_steps(
     }
 
 
-STUDIES = ("dynamics", "flattening", "rates", "transfer", "scaled", "coordinates")
+SHORT_STUDIES = ("transfer", "scaled", "auxiliary", "coordinates")
+STUDIES = ("dynamics", "flattening", "rates", *SHORT_STUDIES)
 
 
 def do(study: str, job: Job, *, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Does one run."""
-    short = study in ("transfer", "scaled", "coordinates")
+    short = study in SHORT_STUDIES
     basic = SHORT if short else {"steps": STEPS, "val_windows": 1024}
     size = {name: job[name] for name in ("width", "layers") if name in job}
     if study == "coordinates":
         size = {"layers": 1, "steps": scaling.UPDATES, "val_windows": 16}
+    elif study == "auxiliary":
+        size["aux_lr"] = 0.012  # the best of AdamW's rates for the smallest model
     all_fields = {**basic, **size, "seed": job["seed"], **fields}
     config = configs.resolve(dataclasses.replace(configs.TINY, **all_fields))
     arm = (TRANSFERRED if short else ARMS)[job["arm"]]

@@ -330,6 +330,30 @@ def gained_of(scaled: Sequence[Run], plain: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
+def auxiliary_of(runs: Sequence[Run]) -> tuple[str, list[Answer]]:
+    """Returns a table of losses by model and rate, from the runs of `auxiliary`."""
+    rates = sorted({run["learning_rate"] for run in runs})
+    heads = ["model", "rates", *(f"{rate:g}" for rate in rates)]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for width, layers in dict.fromkeys((run["width"], run["layers"]) for run in runs):
+        rows = {
+            scaled: losses_at(runs, width=width, layers=layers, scaled=scaled)
+            for scaled in (False, True)
+        }
+        model = f"width {width}" + (f", {layers} layers" if layers > 1 else "")
+        for scaled, losses in rows.items():
+            cells = [f"{statistics.mean(losses[rate]):.3f}" for rate in rates]
+            kind = "scaled" if scaled else "the same"
+            lines.append(f"| {model} | {kind} | {' | '.join(cells)} |")
+        gaps = [
+            [b - a for a, b in zip(rows[False][r], rows[True][r], strict=True)]
+            for r in rates
+        ]
+        cells = ["{:+.3f} ± {:.3f}".format(*interval(x, CONFIDENCE)) for x in gaps]
+        lines.append(f"| {model} | difference | {' | '.join(cells)} |")
+    return "\n".join(lines), []
+
+
 def coordinates_of(runs: Sequence[Run]) -> tuple[str, list[Answer]]:
     """Returns a table of exponents, and the answers, from the runs of `coordinates`."""
     heads = ["arm", "rates", *runs[0]["exponents"]]
@@ -375,11 +399,13 @@ def main() -> None:
     for study, runs in studies.items():
         found = ANSWERS[study](runs)
         losses, answers = found if isinstance(found, tuple) else ("", found)
-        print(f"{study}\n\n{losses}\n\n{table(answers)}\n")
+        print(f"{study}\n\n{losses}\n")
+        if answers:
+            print(f"{table(answers)}\n")
         if study == "scaled" and "transfer" in studies:
             print(f"{gained_of(runs, studies['transfer'])}\n")
-        if given.plots:
-            plot = getattr(claims_plots, study)
+        plot = getattr(claims_plots, study, None)
+        if given.plots and plot:
             plot(runs, given.plots / f"convergence_{study}.png")
 
 
@@ -389,6 +415,7 @@ ANSWERS = {
     "rates": rates_of,
     "transfer": transfer_of,
     "scaled": transfer_of,
+    "auxiliary": auxiliary_of,
     "coordinates": coordinates_of,
 }
 
