@@ -104,7 +104,7 @@ def test_the_tables_of_the_docs_are_those_of_the_raw_results():
     names = ("gpt384_2026-11-24", "many224_2026-11-24", "many700_2026-11-24")
     for name in (*names, "2026-11-22"):
         assert step_time.table(results / f"step_time_{name}.json").strip() in text
-    assert preconditioners.table(results / "preconditioners_2026-11-22.json") in text
+    assert preconditioners.table(results / "preconditioners_2026-11-29.json") in text
     page = (ROOT / "docs" / "sharding.md").read_text()
     for part in collectives.table(results / "collectives_2026-11-24.json").split(
         "\n\n"
@@ -159,6 +159,13 @@ def test_the_tables_of_the_docs_are_those_of_the_raw_results():
     tables, answers = claims_report.transfer_of(transfer)
     assert all(table in page for table in tables.split("\n\n"))
     assert claims_report.table(answers) in page
+    scaled = read(results / "convergence_scaled.jsonl")
+    assert claims_report.gained_of(scaled, transfer) in page
+    for study in ("scaled", "auxiliary", "coordinates"):
+        runs = read(results / f"convergence_{study}.jsonl")
+        tables, answers = claims_report.ANSWERS[study](runs)
+        assert all(table in page for table in tables.split("\n\n"))
+        assert not answers or claims_report.table(answers) in page
 
 
 def test_the_numbers_of_the_tour_are_those_of_the_raw_results():
