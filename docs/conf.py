@@ -35,7 +35,10 @@ napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Cost", "Precision", "Sharding"]
 
 # Other libraries' names are not links, because their inventories are on the network.
-nitpick_ignore_regex = [("py:obj", r"(flax|jax|jnp|optax)\..*"), ("py:class", r"numpy\..*")]
+nitpick_ignore_regex = [
+    ("py:obj", r"(flax|jax|jnp|optax)\..*"),
+    ("py:class", r"numpy\..*"),
+]
 
 html_theme = "pydata_sphinx_theme"
 html_title = "optax_matrix"
