@@ -87,7 +87,9 @@ def coordinate_check(
     for width in widths:
         _check.static_int("widths", width, 1)
     if len(widths) < 2 or list(widths) != sorted(set(widths)):
-        raise ValueError(f"`widths` must be at least 2 and ascend, got {widths}.")
+        raise ValueError(
+            f"`widths` must have at least 2 entries, ascending, got {widths}."
+        )
     found = {width: _changes(run(width), width) for width in widths}
     kinds = {
         width: {name: len(steps) for name, steps in each.items()}

@@ -31,6 +31,7 @@ def hessian_vector_product(
       :math:`H v`, a tree like ``params``.
 
     Raises:
+      TypeError: If ``loss`` is not a function, or a leaf is not real floating.
       ValueError: If ``vector`` has another structure than ``params``.
 
     References:
@@ -84,6 +85,8 @@ def newton_step(
       or not finite if the matrix is singular.
 
     Raises:
+      TypeError: If ``loss`` is not a function, ``damping`` not a number, or a leaf not
+        real floating.
       ValueError: If ``damping`` is a negative number.
 
     Example:
@@ -105,13 +108,14 @@ def newton_step(
     hessian = jax.hessian(flat_loss)(flat)
     damped = hessian + damping * jnp.eye(len(flat), dtype=flat.dtype)
     step = unravel(-jnp.linalg.solve(damped, jax.grad(flat_loss)(flat)))
-    return jax.tree.map(lambda u, p: u.astype(p.dtype), step, params)
+    return jax.tree.map(lambda u, p: u.astype(jnp.result_type(p)), step, params)
 
 
 def _wide(params: optax.Params) -> optax.Params:
     """Returns the parameters in float32, or float64 where they are."""
     _layout.check_all_floating(params)
-    return jax.tree.map(lambda p: p.astype(_linalg.at_least_float32(p.dtype)), params)
+    arrays = jax.tree.map(jnp.asarray, params)
+    return jax.tree.map(lambda p: p.astype(_linalg.at_least_float32(p.dtype)), arrays)
 
 
 class Curvature(NamedTuple):
@@ -139,7 +143,7 @@ def extreme_curvature(
         jax.random.split(key)
     except (TypeError, ValueError) as error:
         raise TypeError(
-            "`key` must be a key, such as `jax.random.key(0)`, got "
+            "`key` must be one key, such as `jax.random.key(0)`, got "
             f"{type(key).__name__}."
         ) from error
     vector = optax.tree.random_like(key, params, jax.random.normal)

@@ -269,7 +269,8 @@ def largest_curvature(
       below it. Exact if ``steps`` is at least the number of distinct eigenvalues.
 
     Raises:
-      TypeError: If ``steps`` is not an int.
+      TypeError: If ``loss`` is not a function, ``key`` not one key, ``steps`` not an
+        int, or a leaf not real floating.
       ValueError: If ``steps`` is below 1.
 
     References:

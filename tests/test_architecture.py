@@ -20,10 +20,10 @@ ROOT = pathlib.Path(om.__file__).parent
 # Lower may not import higher.
 LEVELS = {
     "_check": 0,
-    "_coordinates": 1,
     "_mesh": 0,
     "_paths": 0,
     "_table": 0,
+    "_coordinates": 1,
     "_linalg": 1,
     "_presets": 1,
     "_curvature": 3,

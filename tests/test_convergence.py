@@ -299,6 +299,7 @@ def test_a_protocol_can_start_all_arms_at_the_same_values(
     assert [each["values"] for each in bench.runs] == [protocol["start"]] * 2
 
 
+@pytest.mark.slow
 def test_training_is_that_of_the_example(protocol):
     """The same values, seed and data give the losses of `train.train`."""
     values = {"learning_rate": 0.02, "momentum": 0.9}

@@ -135,3 +135,13 @@ def test_lanczos_on_sharded_parameters(kind):
         placed, scales = jax.device_put((params, scales), jax.P("x", None))
         got = estimate(loss, placed, key=key)
     np.testing.assert_allclose(got.largest, want.largest, rtol=1e-4)
+
+
+def test_numbers_are_parameters_too():
+    def loss(params):
+        return (params["x"] - 3.0) ** 2
+
+    step = om.newton_step(loss, {"x": 1.0})
+    np.testing.assert_allclose(step["x"], 2.0, rtol=1e-6)
+    found = om.diagnostics.largest_curvature(loss, {"x": 1.0}, key=jax.random.key(0))
+    np.testing.assert_allclose(found.largest, 2.0, rtol=1e-6)

@@ -151,7 +151,7 @@ def test_from_stacks_inverts_to_stacks(name, dtype):
 
 
 @cases
-@pytest.mark.parametrize("inputs", [True, False])
+@pytest.mark.parametrize("inputs", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("outputs", [True, False])
 def test_sum_expand_and_size_agree_with_the_matrices(name, inputs, outputs):
     shape, spec, by_hand = CASES[name]

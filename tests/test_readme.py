@@ -26,8 +26,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "docs" / "tour").glob("*.md"))
 LONG = {
+    "attention.md",
     "extending.md",
     "frameworks.md",
+    "learning_rates.md",
     "preconditioners.md",
     "record.md",
     "sharding.md",

@@ -280,7 +280,7 @@ def test_each_leaf_is_trained_as_by_an_optimizer_at_its_rate(name):
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-def test_a_prefix_and_schedules_and_wrappers(tmp_path):
+def test_a_prefix_of_factors_and_wrappers(tmp_path):
     params, grads = problems.matrix_tree(), problems.matrix_tree(seed=1)
     factors = {name: 0.5 if name == "embed" else 1.0 for name in params}
 
@@ -410,7 +410,9 @@ def test_runs_that_cannot_be_compared_are_refused():
     with pytest.raises(TypeError, match="`widths` must be an int"):
         check(power_law, [1.5, 2])
     for widths in ([8], [], [8, 8], [16, 8]):
-        with pytest.raises(ValueError, match="`widths` must be at least 2 and ascend"):
+        with pytest.raises(
+            ValueError, match="`widths` must have at least 2 entries, ascending"
+        ):
             check(power_law, widths)
     with pytest.raises(TypeError, match="`widths` must be a sequence"):
         check(power_law, 64)

@@ -70,7 +70,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: If any other line is not a record.
     """
-    records, lines = [], path.read_text(errors="replace").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+    records = []
     for number, line in enumerate(lines, 1):
         try:
             records.append(parse(line))

@@ -62,7 +62,10 @@ def load(source: str, count: int, seed: int) -> list[Problem]:
 def gsm8k(path: Path) -> list[Problem]:
     """Reads a file with a JSON object per line: `question`, and `answer` with ####."""
     problems = []
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
     for place, line in enumerate(text.splitlines(), 1):
         problem = _of_line(line)
         if problem is None:

@@ -1,5 +1,6 @@
 """What the polar methods share: dtypes, orientation and a safe scale."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -49,16 +50,14 @@ def as_precision(value: Any) -> Precision:
     """
     if value is None or isinstance(value, jax.lax.DotAlgorithmPreset):
         return value
-    try:
-        if not isinstance(value, str | jax.lax.Precision):
-            raise ValueError("numbers are also converted")
-        return jax.lax.Precision(value)
-    except ValueError:
-        names = [precision.name.lower() for precision in jax.lax.Precision]
-        raise ValueError(
-            f"`precision` must be None, one of {', '.join(map(repr, names))}, or a "
-            f"`jax.lax.DotAlgorithmPreset`, got {value!r}."
-        ) from None
+    if isinstance(value, str | jax.lax.Precision):  # numbers would be converted too
+        with contextlib.suppress(ValueError):
+            return jax.lax.Precision(value)
+    names = [precision.name.lower() for precision in jax.lax.Precision]
+    raise ValueError(
+        f"`precision` must be None, one of {', '.join(map(repr, names))}, or a "
+        f"`jax.lax.DotAlgorithmPreset`, got {value!r}."
+    )
 
 
 def store_types(

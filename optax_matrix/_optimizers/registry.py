@@ -1,12 +1,12 @@
 """All optimizers by name, from SGD to the record of modded-nanogpt."""
 
+import reprlib
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
 
-from optax_matrix import _check
 from optax_matrix._optimizers.dion import dion
 from optax_matrix._optimizers.halley_muon import halley_muon
 from optax_matrix._optimizers.hopper import adamuon, hopper
@@ -114,5 +114,8 @@ def make_optimizer(
     Example:
       >>> tx = make_optimizer("muon", 0.02, auxiliary_learning_rate=3e-3)
     """
-    _check.one_of("name", name, OPTIMIZERS)
+    if not isinstance(name, str) or name not in OPTIMIZERS:
+        raise ValueError(
+            f"`name` must be one of {', '.join(OPTIMIZERS)}, got {reprlib.repr(name)}."
+        )
     return optax.with_extra_args_support(OPTIMIZERS[name](learning_rate, **settings))

@@ -44,7 +44,8 @@ def mask(name: str, value: Any) -> None:
     if callable(value):
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):
-        if not isinstance(leaf, bool | np.bool_):
+        is_array = hasattr(leaf, "dtype") and leaf.dtype == bool and np.ndim(leaf) == 0
+        if not isinstance(leaf, bool) and not is_array:
             raise TypeError(
                 f"`{name}` must be a function of the parameters or a tree of booleans, "
                 f"got {reprlib.repr(leaf)} at '{_paths.path_name(path)}'."

@@ -204,6 +204,7 @@ def test_jit_and_vmap_equal_eager(method):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 5, 3)])
 @every
 def test_gradient_matches_finite_differences(method, shape):

@@ -86,7 +86,10 @@ def decoded(moment, square=False):
     "dtype, square",
     [("int8", False), ("float8_e4m3fn", False), ("float8_e4m3fn", True)],
 )
-@pytest.mark.parametrize("shape", [(64, 96), (32,), (3, 64, 5), (64, 1)])
+@pytest.mark.parametrize(
+    "shape",
+    [(64, 96), (32,), pytest.param((3, 64, 5), marks=pytest.mark.slow), (64, 1)],
+)
 def test_an_entry_becomes_one_of_its_neighbors_and_the_mean_is_right(
     shape, dtype, square
 ):
