@@ -76,11 +76,11 @@ def test_steps_of_all_widths_have_the_spectral_norms_of_mup(unit, optimizer):
         if unit == "entrywise":  # The rule of AdamW is for gradients of rank one.
             grads = {name: x[..., :1] * x[..., :1, :] for name, x in grads.items()}
         updates, _ = tx.update(grads, tx.init(params), params)
-        return {
-            name: np.linalg.norm(x, 2, axis=(-2, -1))
-            / (x.shape[-1] / x.shape[-2]) ** 0.5
-            for name, x in updates.items()
-        }
+        found = {}
+        for name, update in updates.items():
+            *_, m, n = update.shape
+            found[name] = np.linalg.norm(update, 2, axis=(-2, -1)) / (n / m) ** 0.5
+        return found
 
     factors = om.width_factors(normal(1, 0), normal(0, 0), unit, routing="matrix")
     ones = dict.fromkeys(WIDENED, 1.0)
@@ -317,7 +317,7 @@ def test_matrices_of_one_factor_move_together_on_eight_devices():
     chex.assert_trees_all_close(got, want, atol=1e-6)
     step = jax.jit(tx.update).lower(sharded, tx.init(sharded), sharded)
     # One exchange to whole matrices and one back, for each of two factors.
-    assert step.compile().as_text().count(" all-to-all(") == 4
+    assert (step.compile().as_text() or "").count(" all-to-all(") == 4
 
 
 def test_boxed_parameters_have_the_factors_of_bare_ones():
