@@ -343,6 +343,7 @@ def test_another_text_than_that_of_the_protocol_raises(protocol):
         run.train(other, "muon", arms.ARMS["muon"].start, 0, "search")
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_ends_and_is_recorded(protocol):
     values = {"learning_rate": 1e30, "momentum": 0.9}
     got = run.train(protocol, "muon", values, 1, "final")

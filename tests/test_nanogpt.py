@@ -299,6 +299,7 @@ def test_the_largest_attention_logits_are_those_of_each_head():
     assert train.loss_and_max_logits(params, graph, jnp.asarray(windows))[1] == {}
 
 
+@pytest.mark.slow
 def test_qk_clip_bounds_the_attention_logits():
     # At this rate, they grow from step to step.
     config = dataclasses.replace(

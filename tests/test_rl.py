@@ -197,6 +197,7 @@ def test_the_sampler_counts_what_mask_of_counts(small):
     np.testing.assert_array_equal(found.mask, policy.mask_of(found.tokens))
 
 
+@pytest.mark.slow
 def test_only_responses_are_imitated(small):
     graph, params, _ = small
     rows = jnp.asarray(task.corpus(4, 0))

@@ -152,7 +152,9 @@ def test_sizes_from_tiny_to_huge(dtype, size):
     assert np.abs(got - np.asarray(x, np.float64)).max() <= bound
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype", ["int8", case("float8_e4m3fn", slow={"float8_e4m3fn"})]
+)
 def test_a_slow_average_arrives_although_its_steps_are_below_the_spacing(dtype):
     # Each entry of the average moves by a thousandth of its distance in a step.
     target = jnp.abs(problems.normal((32, 64))) + 0.5
@@ -399,7 +401,7 @@ MADE = {"hopper, pre": ("hopper", {"variance": "pre"})}
 MADE |= {name: (name, {}) for name in sorted(om.MATRIX_OPTIMIZERS)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [case("int8", slow={"int8"}), "float8_e4m3fn"])
 @pytest.mark.parametrize(
     "name", [case(n, slow=MADE.keys() - {"muon", "hopper", "soap"}) for n in MADE]
 )

@@ -119,8 +119,11 @@ def moved(make, grads):
 @pytest.mark.parametrize(
     "name",
     [
-        *("shampoo", "soap"),
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("kl_soap", "kl_shampoo")),
+        "soap",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("shampoo", "kl_soap", "kl_shampoo")
+        ),
     ],
 )
 def test_refresh_and_start_may_be_traced(name, stagger):
