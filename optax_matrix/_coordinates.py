@@ -71,16 +71,16 @@ def coordinate_check(
       The changes and their exponents. Print it to get a table.
 
     Raises:
-      TypeError: If ``run`` is not a function, or a width is not an int.
+      TypeError: If ``run`` is not a function, or ``widths`` not a sequence of ints.
       ValueError: If there are fewer than two widths, they do not ascend, or the
-        activations of two widths have other names or numbers of steps.
+        activations have different names or shapes after two steps, or different names
+        or numbers of steps for two widths.
 
     References:
       Yang et al., 2022, `arXiv:2203.03466 <https://arxiv.org/abs/2203.03466>`_,
       appendix D.1.
     """
-    if not callable(run):
-        raise TypeError(f"`run` must be a function of the width, got {run!r}.")
+    _check.function("run", run, "the width")
     if not isinstance(widths, Sequence):
         raise TypeError(f"`widths` must be a sequence of ints, got {widths!r}.")
     widths = tuple(widths)
@@ -121,11 +121,11 @@ def _changes(steps: Any, width: int) -> dict[str, list[float]]:
     shapes = {name: x.shape for name, x in first.items()}
     found: dict[str, list[float]] = {name: [] for name in first}
     for step in map(_by_name, steps[1:]):
-        if {name: x.shape for name, x in step.items()} != shapes:
+        others = {name: x.shape for name, x in step.items()}
+        if others != shapes:
             raise ValueError(
                 "`run` must return the same activations after each step, got the "
-                f"shapes {shapes} and { {n: x.shape for n, x in step.items()} } at "
-                f"width {width}."
+                f"shapes {shapes} and {others} at width {width}."
             )
         for name, x in step.items():
             change = np.abs(x - first[name])

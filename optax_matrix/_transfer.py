@@ -101,11 +101,8 @@ def width_factors(
       0.125
     """
     _check.one_of("unit", unit, tuple(RULES))
-    if readouts is not None and not callable(readouts):
-        raise TypeError(
-            "`readouts` must be a function of the path and the leaf, or None, got "
-            f"{readouts!r}."
-        )
+    if readouts is not None:
+        _check.function("readouts", readouts, "the path and the leaf")
     layouts, small = _layouts(params, routing), _layouts(base, routing)
     factors = []
     for rule, (place, other, prefix) in zip(
@@ -264,11 +261,7 @@ def with_learning_rate_factors(
       ...     lambda f: om.muon(0.02 * f, routing=om.route(params)), factors
       ... )
     """
-    if not callable(optimizer):
-        raise TypeError(
-            "`optimizer` must be a function of the factor that returns an optimizer, "
-            f"got {optimizer!r}."
-        )
+    _check.function("optimizer", optimizer, "the factor that returns an optimizer")
     for path, factor in jax.tree_util.tree_leaves_with_path(factors):
         where = f"factors['{_paths.path_name(path)}']"
         if isinstance(factor, jax.core.Tracer):

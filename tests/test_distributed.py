@@ -7,20 +7,18 @@ import pydoc
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from examples.nanogpt import checkpoint, configs, plot, sharding, train
+from tests.programs import Programs
 
 pytestmark = pytest.mark.slow  # Processes that start and compile, three at a time.
 
-ROOT = Path(__file__).resolve().parents[1]
 MESH, STEPS, MIDDLE = "data=2,fsdp=4", 6, 3
 
 FLAGS = {
@@ -50,7 +48,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-class Pair:
+class Pair(Programs):
     """The example as two processes that train together."""
 
     def __init__(self, folder, *more, **flags):
@@ -61,31 +59,8 @@ class Pair:
             *("--out", str(folder), "--distributed", "--processes", "2"),
             *("--coordinator", f"localhost:{free_port()}", "--process"),
         ]
-        # Into files: nobody reads a pipe before the process ends.
-        self.logs = [folder.with_suffix(f".{i}.log") for i in (0, 1)]
-        self.processes = []
-        for i, log in enumerate(self.logs):
-            with log.open("w") as file:
-                process = subprocess.Popen(
-                    [*common, str(i)],
-                    cwd=ROOT,
-                    env={**os.environ, "JAX_PLATFORMS": "cpu"}
-                    | {"JAX_NUM_CPU_DEVICES": "4"},
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                )
-            self.processes.append(process)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-    def output(self):
-        return "\n".join(f"{log.name}:\n{log.read_text()}" for log in self.logs)
+        commands = [[*common, str(i)] for i in (0, 1)]
+        super().__init__(commands, folder, JAX_NUM_CPU_DEVICES="4")
 
     def finish(self, codes=(0, 0), limit=400):
         """Waits for both, or for the first that fails, or for the clock."""

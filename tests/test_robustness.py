@@ -7,11 +7,9 @@ import dataclasses
 import functools
 import inspect
 import json
-import os
 import pydoc
 import re
 import shutil
-import subprocess
 import sys
 import time
 import typing
@@ -29,6 +27,7 @@ from examples.nanogpt import configs, data, train
 from examples.rl import base
 from tests import killed
 from tests.optimizers import test_arguments
+from tests.programs import Programs
 from tests.test_distributed import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -39,45 +38,18 @@ KILLS, STEPS = 20, 50
 ARRAYS = 504  # of parameters and states, of all optimizers
 
 
-class Workers:
+class Workers(Programs):
     """`tests.killed` as one process, or as two that train together."""
 
     def __init__(self, folder, processes):
-        self.folder = folder
-        command = [sys.executable, "-m", "tests.killed", str(folder), str(STEPS)]
+        commands = [[sys.executable, "-m", "tests.killed", str(folder), str(STEPS)]]
         if processes == 2:
-            command.append(f"localhost:{free_port()}")
+            address = f"localhost:{free_port()}"
+            commands = [[*commands[0], address, str(i)] for i in range(2)]
         # Compiling takes most of the time: it is done once, without optimizations, and
         # the programs are kept on disk, see `conftest.py`.
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "1",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        }
-        # Into files: nobody reads a pipe before the process ends.
-        self.logs = [folder.with_suffix(f".{i}.log") for i in range(processes)]
-        self.processes = []
-        for i, log in enumerate(self.logs):
-            with log.open("w") as file:
-                process = subprocess.Popen(
-                    [*command, str(i)] if processes == 2 else command,
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                )
-            self.processes.append(process)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-    def output(self):
-        return "\n".join(f"{log.name}:\n{log.read_text()}" for log in self.logs)
+        flags = {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        super().__init__(commands, folder, **flags)
 
     def wait_until(self, ready, limit=300):
         """Waits while no process fails."""
