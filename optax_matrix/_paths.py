@@ -164,10 +164,10 @@ def match(
             missing.append(f"'{place.name}'")
     problems = []
     if missing:
-        problems.append(f"no entry for {_some(missing)}")
+        problems.append(f"no entry for {some(missing)}")
     if unused:
         names = sorted(f"'{'/'.join(path)}'" for path in unused)
-        problems.append(f"an entry where the tree has no leaf, at {_some(names)}")
+        problems.append(f"an entry where the tree has no leaf, at {some(names)}")
     if problems:
         raise ValueError(
             f"`{argument}` has {' and '.join(problems)}. It must have the structure of "
@@ -176,6 +176,6 @@ def match(
     return matches
 
 
-def _some(names: list[str], limit: int = 10) -> str:
+def some(names: list[str], limit: int = 10) -> str:
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

@@ -5,7 +5,8 @@ trees with one number per matrix: an array of shape (matrices,) for each leaf, i
 order of its batch axes. These functions work inside `jax.jit`. Functions marked *cheap*
 make one or two passes over the leaf, or compute one product on its smaller side, and
 can run at every step. The others compute all singular values.
-`coordinate_check` compares models of several widths.
+`coordinate_check` compares models of several widths, and `check_clipping` looks for a
+clip in the wrong place of a chain.
 
 The argument ``layout`` has the same meaning as in the transforms. None: the last two
 axes of each leaf are (inputs, outputs).
@@ -19,12 +20,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_matrix import _check, _curvature, _layout, _mesh, _paths
+from optax_matrix._clipping import check_clipping
 from optax_matrix._coordinates import CoordinateCheck, coordinate_check
 from optax_matrix._curvature import Curvature
 from optax_matrix._transforms import Health, _numerics
 
 __all__ = [
     "CoordinateCheck",
+    "check_clipping",
     "check_refreshes",
     "coordinate_check",
     "largest_curvature",

@@ -26,6 +26,7 @@ LEVELS = {
     "_coordinates": 1,
     "_linalg": 1,
     "_presets": 1,
+    "_clipping": 3,
     "_curvature": 3,
     "_evaluation": 1,
     "_layout": 2,
