@@ -46,8 +46,8 @@ def check_clipping(
       **extra_args: Further arguments of ``tx.update``, of arrays.
 
     Returns:
-      The factors :math:`f_i` below 0.99, by the path of the leaf. An empty dict, without
-      a warning, if there are none.
+      The factors :math:`f_i` below 0.99, by the path of the leaf. If there are none, an
+      empty dict, without a warning.
 
     Raises:
       TypeError: If ``tx`` is not a transformation, or a leaf not real floating.

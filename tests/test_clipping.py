@@ -1,7 +1,5 @@
 """check_clipping: warnings of clips by global norm that follow an optimizer."""
 
-import warnings
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,13 +25,6 @@ PARAMS = {
     ],
 }
 ALL = sorted(om.MATRIX_OPTIMIZERS)
-
-
-@pytest.fixture(autouse=True)
-def only_warnings_that_are_expected():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
 
 
 @pytest.mark.parametrize("limit", [1.0, 3.0, 10.0])
