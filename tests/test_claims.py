@@ -18,6 +18,7 @@ from benchmarks.convergence import claims, claims_plots, claims_report, scaling
 from benchmarks.convergence.arms import Arm
 from benchmarks.trial import Trial
 from examples.nanogpt import configs, train
+from tests import problems
 
 
 @pytest.fixture
@@ -204,6 +205,16 @@ def test_scaled_rates_are_those_of_the_base_model_times_factors(
         np.testing.assert_allclose(leaf, -want[name], rtol=1e-6, err_msg=name)
 
 
+def test_the_size_of_a_step_is_that_of_its_singular_values():
+    square = problems.with_spectrum((4, 4), [2, 1, 1, 0])
+    wide = problems.with_spectrum((4, 16), [6, 6, 6, 6])
+    old = {"o": jnp.ones((4, 4)), "fc": jnp.zeros((4, 16)), "scale": jnp.ones(4)}
+    new = {"o": 1 + square, "fc": wide, "scale": jnp.zeros(4)}
+    found = scaling.step_sizes({"blocks": [old]}, {"blocks": [new]})
+    wanted = {"spectral": (2 * 6 / 2) ** 0.5, "stable_rank": (6 / 4 * 4) ** 0.5}
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
 @pytest.mark.slow
 def test_activations_are_those_of_the_model(fields, monkeypatch):
     monkeypatch.setattr(scaling, "WIDTHS", (8, 16))
@@ -215,6 +226,7 @@ def test_activations_are_those_of_the_model(fields, monkeypatch):
     assert list(found["changes"]) == ["blocks", "embedding", "head"]
     assert np.shape(found["changes"]["head"]) == (2, 2)
     assert np.shape(found["exponents"]["head"]) == (2,)
+    assert [*map(len, found["steps"].values())] == [2, 2]
     # The capped logits of the model are those of what the head passes on.
     fields |= {"width": 16, "steps": 2}
     config = configs.resolve(dataclasses.replace(configs.TINY, **fields))
@@ -397,6 +409,7 @@ def checked(job, exponent):
     return {
         **{"study": "coordinates", **job, "changes": dict.fromkeys(names, changes)},
         "exponents": {name: [9.0, power] for name, power in powers.items()},
+        "steps": {"spectral": changes[0], "stable_rank": np.sqrt(scaling.WIDTHS)},
     }
 
 
@@ -407,7 +420,9 @@ def test_coordinates_are_judged_by_the_last_step(tmp_path):
     ]
     text, answers = claims_report.coordinates_of(runs)
     assert [answer.answer for answer in answers] == ["no", "yes"] * 4
-    assert "| adamw | the same | +0.00 ± 0.00 | +0.00 ± 0.00 | +1.02 ± 0.02 |" in text
+    assert "| head | steps: spectral | steps: stable rank |" in text
+    numbers = ("+0.00 ± 0.00", "+0.00 ± 0.00", "+1.02 ± 0.02", "+1.00 ± 0.00")
+    assert f"| adamw | the same | {' | '.join(numbers)} | +0.50 ± 0.00 |" in text
     claims_plots.coordinates(runs, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 

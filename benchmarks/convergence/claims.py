@@ -12,8 +12,8 @@ does so with the share of singular values that 0 to 5 Newton-Schulz steps bring 
 `scaled` repeats this for two of them with learning rates that are scaled from those of
 the smallest model, and `auxiliary` some of that for MuonH beside an AdamW at the rate
 that was best for AdamW alone. `coordinates` records how much activations change in ten
-steps of models of four widths, with and without scaled rates. Each line of a file is a
-run; the same command continues an existing file.
+steps of models of four widths, with and without scaled rates, and the size of the last
+one. Each line of a file is a run; the same command continues an existing file.
 """
 
 import argparse

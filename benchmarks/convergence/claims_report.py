@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.convergence import claims_plots
+from benchmarks.convergence import claims_plots, scaling
 from benchmarks.convergence.evidence import interval
 from benchmarks.convergence.run import Run, loss_of
 from benchmarks.jobs import read
@@ -356,11 +356,14 @@ def auxiliary_of(runs: Sequence[Run]) -> tuple[str, list[Answer]]:
 
 def coordinates_of(runs: Sequence[Run]) -> tuple[str, list[Answer]]:
     """Returns a table of exponents, and the answers, from the runs of `coordinates`."""
-    heads = ["arm", "rates", *runs[0]["exponents"]]
+    names, sizes = list(runs[0]["exponents"]), list(runs[0]["steps"])
+    columns = [f"steps: {size.replace('_', ' ')}" for size in sizes]
+    heads = ["arm", "rates", *names, *columns]
     lines, answers = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"], []
     for arm, scaled in dict.fromkeys((run["arm"], run["scaled"]) for run in runs):
         mine = [r for r in runs if (r["arm"], r["scaled"]) == (arm, scaled)]
-        last = {n: [run["exponents"][n][-1] for run in mine] for n in heads[2:]}
+        last = {n: [run["exponents"][n][-1] for run in mine] for n in names}
+        last |= {n: [_exponent(run["steps"][n]) for run in mine] for n in sizes}
         kind = "scaled" if scaled else "the same"
         cells = [
             "{:+.2f} ± {:.2f}".format(*interval(x, CONFIDENCE)) for x in last.values()
@@ -370,6 +373,11 @@ def coordinates_of(runs: Sequence[Run]) -> tuple[str, list[Answer]]:
         changes = "Outputs change as much at all widths"
         answers.append(judge(changes, number, last["head"], -0.25, 0.25))
     return "\n".join(lines), answers
+
+
+def _exponent(sizes: Sequence[float]) -> float:
+    """Returns p of sizes that grow as the width to the power of p."""
+    return float(np.polyfit(np.log(scaling.WIDTHS), np.log(sizes), 1)[0])
 
 
 def _rate(logarithms: np.ndarray) -> str:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import optax_matrix as om
@@ -62,21 +64,47 @@ def activations(trial: Trial) -> dict[str, jax.Array]:
     return {**found, "blocks": x, "head": gpt.head(gpt.norm2(x))}
 
 
+def step_sizes(before: nnx.State, after: nnx.State) -> dict[str, float]:
+    r"""Returns geometric means over the matrices of the blocks, of the last step.
+
+    ``spectral`` is the spectral norm over :math:`\sqrt{n/m}`, for m inputs and n
+    outputs; ``stable_rank`` is the squared ratio of the Frobenius to that norm.
+    """
+    found = []
+    pairs = zip(*(jax.tree.leaves(x["blocks"]) for x in (before, after)), strict=True)
+    for old, new in pairs:
+        if new.ndim == 2:
+            sigma = np.linalg.svd(np.asarray(new - old, np.float64), compute_uv=False)
+            m, n = new.shape
+            rank = np.sum(sigma**2) / sigma[0] ** 2
+            found.append((sigma[0] / np.sqrt(n / m), rank))
+    spectral, rank = np.exp(np.mean(np.log(found), axis=0)).tolist()
+    return {"spectral": spectral, "stable_rank": rank}
+
+
 def coordinates(arm: Arm, config: Config) -> dict[str, Any]:
-    """Returns a coordinate check over widths, at a constant learning rate."""
+    """Returns a coordinate check over widths, at a constant learning rate.
+
+    With it are the sizes of the last step of each width, see `step_sizes`.
+    """
     config = dataclasses.replace(config, cooldown=0.0)
+    sizes: list[dict[str, float]] = []
 
     def run(width: int) -> Sequence[Any]:
         wide = dataclasses.replace(config, width=width)
         trial = Trial(wide, arm.make(arm.start, wide))
-        steps = [activations(trial)]
+        steps, before = [activations(trial)], []
         for _ in range(UPDATES):
+            # Copies, because the step donates its arguments.
+            before.append(jax.tree.map(jnp.copy, trial.state.params))
             trial.advance(1)
             steps.append(activations(trial))
+        sizes.append(step_sizes(before[-1], trial.state.params))
         return steps
 
     check = om.diagnostics.coordinate_check(run, WIDTHS)
     return {
         "changes": {name: x.tolist() for name, x in check.changes.items()},
         "exponents": {name: x.tolist() for name, x in check.exponents.items()},
+        "steps": {name: [size[name] for size in sizes] for name in sizes[0]},
     }
