@@ -61,7 +61,7 @@ def width_factors(
 
     Matrices of which all sizes grow alike have the factor 1 with ``"spectral"``. For
     `muonh`, whose steps are relative to the weights, their initial variance must be in
-    proportion to :math:`1/m`.
+    proportion to :math:`1/m`, and the rank of its updates in proportion to the width.
 
     All other leaves are assumed to be trained by AdamW. The factor of readouts (the
     output head, routers) is :math:`m_0/m`, and that of embeddings, gains and biases 1.
