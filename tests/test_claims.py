@@ -72,7 +72,7 @@ def test_studies_are_continued(tmp_path):
         return {"loss": 1.0, "points": [{"step": 0}]}
 
     counts = {"dynamics": 15, "flattening": 3, "rates": 30, "transfer": 525}
-    counts |= {"scaled": 165, "auxiliary": 54, "coordinates": 24}
+    counts |= {"scaled": 165, "auxiliary": 54, "tokens": 45, "coordinates": 24}
     assert counts.keys() == set(claims.STUDIES)
     for study, count in counts.items():
         path, todo = tmp_path / f"{study}.jsonl", claims.jobs_of(study)
@@ -427,6 +427,24 @@ def test_coordinates_are_judged_by_the_last_step(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
+def test_best_rates_by_tokens_are_those_of_known_runs():
+    def loss(job, power):
+        best = 0.1 * (job["steps"] / 50) ** power * 1.05 ** job["seed"]
+        return np.log2(job["learning_rate"] / best) ** 2
+
+    for power, judged in ((-0.32, ["no", "yes"]), (0.0, ["yes", "no"])):
+        runs = [
+            {"study": "tokens", **job, "loss": loss(job, power)}
+            for job in claims.jobs_of("tokens")
+        ]
+        text, answers = claims_report.tokens_of(runs)
+        assert [answer.answer for answer in answers] == judged
+        moved = float(answers[0].measured.split()[0])
+        assert moved == pytest.approx(4 * power, abs=1e-6)
+        assert answers[1].range == "-1.78 to -0.78"
+        assert text.splitlines()[-1].endswith(f"| {0.1 * 16**power * 1.05**2:.2g} |")
+
+
 def test_every_study_has_a_plot(tmp_path):
     runs = {study: [] for study in ("flattening", "rates", "transfer", "scaled")}
     for study, done in runs.items():
@@ -436,5 +454,5 @@ def test_every_study_has_a_plot(tmp_path):
         path = tmp_path / f"{study}.png"
         getattr(claims_plots, study)(done, path)
         assert path.stat().st_size > 1000
-    studies = {*runs, "dynamics", "coordinates", "auxiliary"}
+    studies = {*runs, "dynamics", "coordinates", "auxiliary", "tokens"}
     assert studies == claims_report.ANSWERS.keys() == set(claims.STUDIES)

@@ -11,9 +11,10 @@ does so with the share of singular values that 0 to 5 Newton-Schulz steps bring 
 `transfer` five optimizers in short runs of models of four widths and four depths.
 `scaled` repeats this for two of them with learning rates that are scaled from those of
 the smallest model, and `auxiliary` some of that for MuonH beside an AdamW at the rate
-that was best for AdamW alone. `coordinates` records how much activations change in ten
-steps of models of four widths, with and without scaled rates, and the size of the last
-one. Each line of a file is a run; the same command continues an existing file.
+that was best for AdamW alone. `tokens` trains MuonH for three numbers of steps, at five
+multiples of all learning rates. `coordinates` records how much activations change in
+ten steps of models of four widths, with and without scaled rates, and the size of the
+last one. Each line of a file is a run; the same command continues an existing file.
 """
 
 import argparse
@@ -86,6 +87,19 @@ def jobs_of(study: str) -> list[Job]:
             for arm in CHECKED
             for seed in SEEDS
             for is_scaled in (False, True)
+        ]
+    if study == "tokens":
+        return [
+            {
+                "arm": "muonh",
+                **SIZES[0],
+                "steps": n,
+                "seed": s,
+                "learning_rate": 0.1 * f,
+            }
+            for n in (50, 200, 800)
+            for f in FACTORS
+            for s in SEEDS
         ]
     if study == "auxiliary":
         rates = (0.1, 0.2, 0.4)
@@ -200,7 +214,7 @@ def over_steps(
     }
 
 
-SHORT_STUDIES = ("transfer", "scaled", "auxiliary", "coordinates")
+SHORT_STUDIES = ("transfer", "scaled", "auxiliary", "tokens", "coordinates")
 STUDIES = ("dynamics", "flattening", "rates", *SHORT_STUDIES)
 
 
@@ -208,11 +222,13 @@ def do(study: str, job: Job, *, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Does one run."""
     short = study in SHORT_STUDIES
     basic = SHORT if short else {"steps": STEPS, "val_windows": 1024}
-    size = {name: job[name] for name in ("width", "layers") if name in job}
+    size = {name: job[name] for name in ("width", "layers", "steps") if name in job}
     if study == "coordinates":
         size = {"layers": 1, "steps": scaling.UPDATES, "val_windows": 16}
     elif study == "auxiliary":
         size["aux_lr"] = 0.012  # the best of AdamW's rates for the smallest model
+    elif study == "tokens":
+        size["aux_lr"] = 0.12 * job["learning_rate"]  # HyperP scales all rates alike
     all_fields = {**basic, **size, "seed": job["seed"], **fields}
     config = configs.resolve(dataclasses.replace(configs.TINY, **all_fields))
     arm = (TRANSFERRED if short else ARMS)[job["arm"]]

@@ -264,18 +264,10 @@ def transfer_of(runs: Sequence[Run]) -> tuple[str, list[Answer]]:
     """Returns tables of rates, and the answers, from the runs of `transfer`."""
     arms, seeds = (list(dict.fromkeys(run[k] for run in runs)) for k in ("arm", "seed"))
 
-    def best(arm: str, seed: int, axis: str, size: int) -> float:
-        losses = losses_at(runs, arm=arm, seed=seed, **{axis: size})
-        return best_rate({rate: found[0] for rate, found in losses.items()})
-
-    def octaves(axis: str, rates: np.ndarray) -> list[float]:
-        """By how many octaves the best rate moves, by least squares, for each seed."""
-        sizes = np.log2(AXES[axis])
-        slopes = np.polyfit(sizes, rates.T, 1)[0] * (sizes[-1] - sizes[0])
-        return [float(slope) for slope in slopes]
-
     found = {
-        (axis, arm): np.array([[best(arm, s, axis, n) for n in sizes] for s in seeds])
+        (axis, arm): np.array(
+            [[_best(runs, arm=arm, seed=s, **{axis: n}) for n in sizes] for s in seeds]
+        )
         for axis, sizes in AXES.items()
         for arm in arms
         if losses_at(runs, arm=arm, **{axis: sizes[-1]})
@@ -292,12 +284,29 @@ def transfer_of(runs: Sequence[Run]) -> tuple[str, list[Answer]]:
         judge(
             f"The best learning rate does not depend on the {NAMES[axis]}",
             f"octaves from {AXES[axis][0]} to {AXES[axis][-1]}, {arm}",
-            octaves(axis, rates) if np.isfinite(rates).all() else [math.nan],
+            _octaves(AXES[axis], rates),
             *(-0.5, 0.5),
         )
         for (axis, arm), rates in found.items()
     ]
     return "\n\n".join(["\n".join(lines), kept_of(runs)]), answers
+
+
+def _best(runs: Sequence[Run], **model: Any) -> float:
+    """Returns `best_rate` of the one run of this model and seed at each rate."""
+    losses = losses_at(runs, **model)
+    return best_rate({rate: found[0] for rate, found in losses.items()})
+
+
+def _octaves(sizes: Sequence[int], rates: np.ndarray) -> list[float]:
+    """Returns by how many octaves the best rate moves, by least squares, by seed.
+
+    `rates` has the logarithms of the best rates, of shape (seeds, sizes).
+    """
+    if not np.isfinite(rates).all():
+        return [math.nan]
+    x = np.log2(sizes)
+    return (np.polyfit(x, rates.T, 1)[0] * (x[-1] - x[0])).tolist()
 
 
 NAMES = {"width": "width", "layers": "number of layers"}
@@ -352,6 +361,31 @@ def auxiliary_of(runs: Sequence[Run]) -> tuple[str, list[Answer]]:
         cells = ["{:+.3f} ± {:.3f}".format(*interval(x, CONFIDENCE)) for x in gaps]
         lines.append(f"| {model} | difference | {' | '.join(cells)} |")
     return "\n".join(lines), []
+
+
+def tokens_of(runs: Sequence[Run]) -> tuple[str, list[Answer]]:
+    """Returns a table of losses by steps and rate, and the answers, from `tokens`."""
+    steps, rates, seeds = (
+        sorted({run[name] for run in runs})
+        for name in ("steps", "learning_rate", "seed")
+    )
+    best = np.array([[_best(runs, seed=s, steps=n) for n in steps] for s in seeds])
+    heads = ["steps", *(f"{rate:g}" for rate in rates), "best rate"]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for n, logarithms in zip(steps, best.T, strict=True):
+        losses = losses_at(runs, steps=n)
+        cells = [
+            "{:.3f} ± {:.3f}".format(*interval(losses[r], CONFIDENCE)) for r in rates
+        ]
+        lines.append(f"| {n} | {' | '.join(cells)} | {_rate(logarithms)} |")
+    number = f"octaves from {steps[0]} to {steps[-1]} steps, muonh"
+    moved, law = _octaves(steps, best), -0.32 * math.log2(steps[-1] / steps[0])
+    same = "The best learning rate does not depend on the number of steps"
+    hyperp = "It falls as the number of steps to the power of -0.32"
+    return "\n".join(lines), [
+        judge(same, number, moved, -0.5, 0.5),
+        judge(hyperp, number, moved, round(law, 2) - 0.5, round(law, 2) + 0.5),
+    ]
 
 
 def coordinates_of(runs: Sequence[Run]) -> tuple[str, list[Answer]]:
@@ -424,6 +458,7 @@ ANSWERS = {
     "transfer": transfer_of,
     "scaled": transfer_of,
     "auxiliary": auxiliary_of,
+    "tokens": tokens_of,
     "coordinates": coordinates_of,
 }
 
