@@ -10,44 +10,49 @@ import optax
 
 from optax_matrix import _check, _layout, _mesh, _paths
 
-# The norm of all gradients: no clip of gradients in use has a limit below it.
-_NORM = 1e-3
+_NORM = 1e-3  # of all gradients: far below the limits that are in use
 # Results of one matrix may depend a little on the others in its stack.
 _SHORTER = 0.99
 
 
 def check_clipping(
     tx: optax.GradientTransformation, params: optax.Params, **extra_args: Any
-) -> dict[str, float]:
+) -> list[str]:
     r"""Warns if an optimizer clips steps by a global norm, instead of gradients.
 
-    It makes two steps for random gradients :math:`g` whose global norm is 1e-3, and
-    again for those of only a half :math:`H` of the leaves, with halves chosen such that
-    every two leaves are apart once. With the lengths of the second steps (SOAP makes
-    none in its first update),
+    Orthogonalized steps, Adam's and signs are as long for small gradients as for large
+    ones. A clip that follows them acts as a lower learning rate that ignores the
+    schedule, and does not keep a batch with large gradients out of the momentum.
 
-    .. math:: f_i = \|\Delta_i(g)\| \big/ \max_{H \ni i} \|\Delta_i(g_H)\|.
+    Such a clip is found by its effect on tiny random gradients :math:`g`, whose global
+    norm is 1e-3. A clip of gradients does nothing to them, so the length of a step does
+    not depend on whether other leaves have gradients. For halves :math:`H` of the
+    leaves, such that any two leaves are apart in at least one, a leaf :math:`i` is
+    found if
 
-    Gradients this small are not clipped, so the leaves should not depend on each other.
-    Orthogonalized steps are as long for small gradients as for large ones, so a clip
-    that follows the optimizer shortens them: :math:`f_i < 1`. It acts as a lower
-    learning rate there, while a batch with a large gradient fills the momentum. It is
-    the same with Adam and with signs.
+    .. math:: \|\Delta_i(g)\| < 0.99 \max_{H \ni i} \|\Delta_i(g_H)\|.
 
-    It finds clips only by their effect. Steps that are long without gradients hide it,
-    such as those of a large weight decay or of `spectral_sphere_retract` from far away.
-    For :math:`n` leaves it makes about :math:`4 \log_2 n` updates.
+    Two updates are made of each, at the same parameters, and the second ones compared,
+    because SOAP makes no step in its first. That is about :math:`4 \log_2 n` updates
+    for :math:`n` leaves, outside of `jax.jit`.
+
+    A clip is not found if steps are in proportion to gradients (SGD, with or without
+    momentum); if early steps are short (warm-up, RAdam, Prodigy); if entries of
+    gradients near :math:`10^{-3} / \sqrt N`, for :math:`N` parameters, are small beside
+    ``eps`` or an L2 penalty; or if long steps need no gradients (a large weight decay,
+    `spectral_sphere_retract` from far away). Optimizers that scale all leaves by one
+    number, such as D-Adaptation or normalized SGD, are found too.
 
     Args:
-      tx: The whole optimizer, at its largest learning rate: a warm-up begins with steps
-        that are too short to be clipped.
+      tx: The whole optimizer, at its largest learning rate. In place of
+        `optax.lookahead`, pass its inner optimizer.
       params: The parameters, a tree of at least two real floating arrays. They may be
         sharded.
       **extra_args: Further arguments of ``tx.update``, of arrays.
 
     Returns:
-      The factors :math:`f_i` below 0.99, by the path of the leaf. If there are none, an
-      empty dict, without a warning.
+      The paths of the leaves that were found. The list is empty, and there is no
+      warning, if there are none.
 
     Raises:
       TypeError: If ``tx`` is not a transformation, or a leaf not real floating.
@@ -61,7 +66,7 @@ def check_clipping(
       >>> params = [{"kernel": jnp.ones((64, 64))} for _ in range(4)]
       >>> clip = optax.clip_by_global_norm(1.0)
       >>> om.diagnostics.check_clipping(optax.chain(clip, om.muon(0.2)), params)
-      {}
+      []
     """
     _check.transformation("tx", tx)
     _layout.check_all_floating(params)
@@ -77,53 +82,51 @@ def check_clipping(
 
     @jax.jit
     def step(kept: Any, key: jax.Array, params: Any, state: Any) -> Any:
-        """Makes a step for the gradients of some leaves; returns its lengths too."""
+        """Returns the lengths of a step for gradients of some leaves, and the state."""
         grads = optax.tree.random_like(key, params, jax.random.normal)
-        size = _NORM / optax.tree.norm(grads)
-        grads = jax.tree.map(lambda g, k: (k * size * g).astype(g.dtype), grads, kept)
+        size = _NORM / optax.tree.norm(optax.tree.cast(grads, jnp.float32))
+        grads = jax.tree.map(
+            lambda k, g: jnp.where(k, g * size.astype(g.dtype), 0), kept, grads
+        )
         grads = jax.tree.map(_mesh.like, grads, params)
         updates, state = tx.update(grads, state, params, **extra_args)
-        lengths = jnp.stack([optax.tree.norm(u) for u in jax.tree.leaves(updates)])
-        return lengths, optax.apply_updates(params, updates), state
+        wide = jax.tree.leaves(optax.tree.cast(updates, jnp.float32))
+        return jnp.stack([optax.tree.norm(u) for u in wide]), state
 
     def lengths(kept: np.ndarray) -> np.ndarray:
         tree = jax.tree.unflatten(structure, list(kept))
-        _, *after = step(tree, jax.random.key(0), params, start)
-        return np.asarray(step(tree, jax.random.key(1), *after)[0])
+        _, state = step(tree, jax.random.key(0), params, start)
+        found = np.asarray(step(tree, jax.random.key(1), params, state)[0])
+        broken = [f"'{names[i]}'" for i in np.flatnonzero(~np.isfinite(found))]
+        if broken:
+            some = "" if kept.all() else ", if some gradients are zero"
+            raise ValueError(
+                "`tx` makes steps that are not finite for gradients of the global norm "
+                f"{_NORM:g}{some}: {_paths.some(broken)}."
+            )
+        return found
 
     index = np.arange(len(names))
     together = longest = lengths(index >= 0)
-    _check_lengths(names, together)
-    # Two indices differ in a bit, so every two leaves are apart once.
-    for bit in range((len(names) - 1).bit_length()):
-        half = (index >> bit) % 2 == 0
-        apart = np.where(half, lengths(half), lengths(~half))
-        longest = np.maximum(longest, apart)
-    shorter = together < _SHORTER * longest
-    found = {names[i]: float(together[i] / longest[i]) for i in index[shorter]}
-    if found:
-        listed = _paths.some([f"'{name}' ({f:.2g})" for name, f in found.items()])
-        warnings.warn(
-            f"`tx` shortens these steps by the gradients of other leaves: {listed}. It "
-            "seems to clip by a global norm after the optimizer, and so clips steps. "
-            "Their length does not depend on that of the gradients: the clip only "
-            "lowers the learning rate, and large gradients still fill the momentum. "
-            "Clip gradients, before the optimizer: "
-            "`optax.chain(optax.clip_by_global_norm(limit), optimizer)`.",
-            stacklevel=2,
-        )
-    return found
-
-
-def _check_lengths(names: list[str], lengths: np.ndarray) -> None:
-    """Raises if steps are not finite or all zero, and so cannot be compared."""
-    broken = [f"'{names[i]}'" for i in np.flatnonzero(~np.isfinite(lengths))]
-    if broken:
-        raise ValueError(
-            f"`tx` makes steps that are not finite: {_paths.some(broken)}."
-        )
-    if not lengths.any():
+    if not together.any():
         raise ValueError(
             "`tx` makes steps of zero, so nothing can be compared. Pass it at "
             "its largest learning rate, without `optax.MultiSteps`."
         )
+    # Two indices differ in a bit.
+    for bit in range((len(names) - 1).bit_length()):
+        half = (index >> bit) % 2 == 0
+        longest = np.maximum(longest, np.where(half, lengths(half), lengths(~half)))
+    found = [names[i] for i in index[together < _SHORTER * longest]]
+    if found:
+        listed = _paths.some([f"'{name}'" for name in found])
+        warnings.warn(
+            f"`tx` makes shorter steps of some leaves if others have gradients too: "
+            f"{listed}. It seems to clip, or to normalize, by a global norm after the "
+            "optimizer. The length of these steps does not depend on that of the "
+            "gradients, so the clip acts as a lower learning rate, and large gradients "
+            "still fill the momentum. Clip gradients, before the optimizer: "
+            "`optax.chain(optax.clip_by_global_norm(limit), optimizer)`.",
+            stacklevel=2,
+        )
+    return found

@@ -11,7 +11,7 @@ does so with the share of singular values that 0 to 5 Newton-Schulz steps bring 
 `transfer` five optimizers in short runs of models of four widths and four depths.
 `scaled` repeats this for two of them with learning rates that are scaled from those of
 the smallest model, and `auxiliary` some of that for MuonH beside an AdamW at the rate
-that was best for AdamW alone. `tokens` trains MuonH for three numbers of steps, at five
+that was best for AdamW alone. `tokens` trains MuonH for three numbers of steps, at six
 multiples of all learning rates. `coordinates` records how much activations change in
 ten steps of models of four widths, with and without scaled rates, and the size of the
 last one. Each line of a file is a run; the same command continues an existing file.
@@ -98,7 +98,7 @@ def jobs_of(study: str) -> list[Job]:
                 "learning_rate": 0.1 * f,
             }
             for n in (50, 200, 800)
-            for f in FACTORS
+            for f in (*FACTORS, 8.0)
             for s in SEEDS
         ]
     if study == "auxiliary":

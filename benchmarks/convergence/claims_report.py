@@ -239,6 +239,14 @@ def lowest(losses: Mapping[float, list[float]]) -> float:
     return min(losses, key=lambda rate: statistics.mean(losses[rate]))
 
 
+def _cost(losses: Mapping[float, list[float]], kept: float) -> str:
+    """Returns the loss at a rate less the lowest, as a mean over the seeds."""
+    best = lowest(losses)
+    pairs = zip(losses[kept], losses[best], strict=True)
+    mean, half = interval([a - b for a, b in pairs], CONFIDENCE)
+    return "best too" if best == kept else f"{mean:+.3f} ± {half:.3f}"
+
+
 def kept_of(runs: Sequence[Run]) -> str:
     """Returns a table of what it costs to keep the best rate of the smallest model."""
     heads = ["arm", "best rate at width 64", *(f"{a} {n}" for a, n in LARGER)]
@@ -252,10 +260,7 @@ def kept_of(runs: Sequence[Run]) -> str:
             if not losses:
                 cells.append("")
                 continue
-            best = lowest(losses)
-            pairs = zip(losses[kept], losses[best], strict=True)
-            mean, half = interval([a - b for a, b in pairs], CONFIDENCE)
-            cells.append("best too" if best == kept else f"{mean:+.3f} ± {half:.3f}")
+            cells.append(_cost(losses, kept))
         lines.append(f"| {arm} | {kept:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -370,14 +375,19 @@ def tokens_of(runs: Sequence[Run]) -> tuple[str, list[Answer]]:
         for name in ("steps", "learning_rate", "seed")
     )
     best = np.array([[_best(runs, seed=s, steps=n) for n in steps] for s in seeds])
-    heads = ["steps", *(f"{rate:g}" for rate in rates), "best rate"]
+    kept = lowest(losses_at(runs, steps=steps[0]))
+    heads = [
+        "steps",
+        *(f"{rate:g}" for rate in rates),
+        "best rate",
+        f"cost of {kept:g}",
+    ]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for n, logarithms in zip(steps, best.T, strict=True):
         losses = losses_at(runs, steps=n)
-        cells = [
-            "{:.3f} ± {:.3f}".format(*interval(losses[r], CONFIDENCE)) for r in rates
-        ]
-        lines.append(f"| {n} | {' | '.join(cells)} | {_rate(logarithms)} |")
+        cells = [f"{statistics.mean(losses[rate]):.3f}" for rate in rates]
+        cells += [_rate(logarithms), _cost(losses, kept)]
+        lines.append(f"| {n} | {' | '.join(cells)} |")
     number = f"octaves from {steps[0]} to {steps[-1]} steps, muonh"
     moved, law = _octaves(steps, best), -0.32 * math.log2(steps[-1] / steps[0])
     same = "The best learning rate does not depend on the number of steps"
