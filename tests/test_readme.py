@@ -163,7 +163,7 @@ def test_the_tables_of_the_docs_are_those_of_the_raw_results():
     assert claims_report.table(answers) in page
     scaled = read(results / "convergence_scaled.jsonl")
     assert claims_report.gained_of(scaled, transfer) in page
-    for study in ("scaled", "auxiliary", "coordinates"):
+    for study in ("scaled", "auxiliary", "tokens", "coordinates"):
         runs = read(results / f"convergence_{study}.jsonl")
         tables, answers = claims_report.ANSWERS[study](runs)
         assert all(table in page for table in tables.split("\n\n"))
