@@ -107,6 +107,12 @@ def unboxed(tree: Any) -> Any:
     return jax.tree.map(inside, tree, is_leaf=is_box)
 
 
+def at_leaves(tree: Any, other: Any) -> list[Any]:
+    """Returns what `other` has at the leaves of `tree`, whichever of them has boxes."""
+    bare = jax.tree.structure(unboxed(tree))
+    return bare.flatten_up_to(unboxed(other))
+
+
 def is_function(spec: Any) -> TypeGuard[Callable[..., Any]]:
     """Returns whether `spec` is a function, and not a callable pytree."""
     return callable(spec) and jax.tree_util.all_leaves([spec])

@@ -153,11 +153,11 @@ def tree_map(
     """
     _check.function("fn", fn, "a view and leaves")
     _check.boolean("keep_boxes", keep_boxes)
-    bare = jax.tree.structure(_paths.unboxed(tree))
-    others = [bare.flatten_up_to(_paths.unboxed(other)) for other in rest]
+    others = [_paths.at_leaves(tree, other) for other in rest]
     results = [
         fn(fitted, leaf, *(other[i] for other in others))
         for i, (fitted, leaf) in enumerate(tree_views(layout, tree))
     ]
-    structure = jax.tree.structure(tree) if keep_boxes else bare
-    return jax.tree.unflatten(structure, results)
+    return jax.tree.unflatten(
+        jax.tree.structure(tree if keep_boxes else _paths.unboxed(tree)), results
+    )

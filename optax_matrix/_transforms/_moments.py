@@ -31,6 +31,11 @@ class Blocks(NamedTuple):
     scales: jax.Array
 
 
+def is_blocks(node: Any) -> bool:
+    """Returns whether a node of a state is a moment in 8 bits."""
+    return isinstance(node, Blocks)
+
+
 Moment: TypeAlias = jax.Array | Blocks
 
 

@@ -1,6 +1,6 @@
 """Arithmetic that transformations share: dtypes, averages and norms of matrices."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_matrix import _linalg
+from optax_matrix import _linalg, _paths
 from optax_matrix._layout import MatrixView
 from optax_matrix._transforms import _moments
 from optax_matrix._transforms._moments import Moment
@@ -36,7 +36,9 @@ def value_at(value: optax.ScalarOrSchedule, count: Any) -> ArrayLike:
 
 def zero_moments(params: optax.Params, dtype: str | None) -> Any:
     """Returns zeros for a moving average of updates like `params`; see `_moments`."""
-
+    if dtype in _moments.EIGHT_BITS:
+        # A box of Flax NNX would not keep codes and scales together.
+        params = _paths.unboxed(params)
     return jax.tree.map(lambda p: _moments.zeros(p, dtype), params)
 
 
@@ -58,7 +60,14 @@ def moving_averages(old: Any, updates: Any, decay: ArrayLike) -> Any:
         g = wide(g)
         return moving_average(_moments.read(m, g.dtype), g, decay)
 
-    return jax.tree.map(average, updates, old)
+    return with_moments(average, updates, old)
+
+
+def with_moments(fn: Callable[..., Any], updates: Any, *moments: Any) -> Any:
+    """Maps over the leaves of `updates` and their moments, in boxes or not."""
+    leaves, structure = jax.tree.flatten(updates)
+    rest = [_paths.at_leaves(updates, tree) for tree in moments]
+    return structure.unflatten(map(fn, leaves, *rest))
 
 
 def mixture(
@@ -77,10 +86,13 @@ def mixture(
 def stored(new: Any, like: Any, count: jax.Array, *, square: bool = False) -> Any:
     """Returns each moment of `new` in the form of that of `like`; see `_moments`."""
 
-    def one(x: jax.Array, old: Moment) -> Moment:
+    def one(old: Moment, x: jax.Array) -> Moment:
         return _moments.write(x, old, count, square=square)
 
-    return jax.tree.map(one, new, like)
+    # With the boxes of `like`, because the state keeps its structure.
+    moments, structure = jax.tree.flatten(like, is_leaf=_moments.is_blocks)
+    pairs = zip(moments, jax.tree.leaves(new), strict=True)
+    return structure.unflatten(one(*pair) for pair in pairs)
 
 
 def bias_correction(decay: ArrayLike, count: jax.Array, like: jax.Array) -> jax.Array:

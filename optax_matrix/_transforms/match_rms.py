@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -49,9 +50,8 @@ def match_rms(
         wide = _numerics.wide(u)
         norm = _numerics.safe_norm(view, wide)
         unit = _numerics.divide_or_zero(wide, view.expand(norm))
-        length = jnp.sqrt(jnp.asarray(view.size(), wide.dtype))
-        length = jnp.broadcast_to(length, norm.shape)
+        length = jnp.asarray(np.sqrt(view.expand(view.size())), wide.dtype)
         factor = _numerics.as_scalar(rms, wide) * length
-        return (unit * view.expand(factor)).astype(u.dtype)
+        return (unit * factor).astype(u.dtype)
 
     return _stateless.per_matrix(rescale, layout)

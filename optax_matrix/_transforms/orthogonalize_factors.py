@@ -28,7 +28,7 @@ def orthogonalize_factors(
     factors: FactorOf | None = None,
     method: str | _linalg.PolarMethod = "newton_schulz",
     *,
-    damping: ArrayLike = 1e-6,
+    damping: ArrayLike = 1e-2,
     placement: _placement.Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces updates of two factors so that their product takes a step of Muon.
@@ -60,7 +60,9 @@ def orthogonalize_factors(
         :math:`B`. None: the names of Flax, ``lora_a`` and ``lora_b``.
       method: See `orthogonalize`.
       damping: What is added to the eigenvalues of :math:`A^\top A` and
-        :math:`B B^\top`, relative to the largest; not negative.
+        :math:`B B^\top`, relative to the largest; not negative. Where gradients have a
+        lower rank than the factors, as at the start of LoRA with few tokens, updates
+        are rounding errors divided by it: with 1e-3 and less, such runs can diverge.
       placement: See `orthogonalize`, for the factors on a mesh with auto axes.
 
     Returns:
@@ -104,8 +106,7 @@ def orthogonalize_factors(
         del extra_args
         _check.params_given(params, "orthogonalize_factors")
         given, structure = jax.tree.flatten(updates)
-        bare = jax.tree.structure(_paths.unboxed(updates))
-        weights = bare.flatten_up_to(_paths.unboxed(params))
+        weights = _paths.at_leaves(updates, params)
         roots: dict[int, tuple[bool, jax.Array]] = {}
         for pair in _pairs(updates, of_path):
             a, b = weights[pair.inputs], weights[pair.outputs]

@@ -99,7 +99,7 @@ def orthogonalize_with_feedback(
             taken &= view.expand(view.sum(size, inputs=False)) != 0
             return jnp.where(taken, _numerics.as_scalar(decay, m) * m, m)
 
-        total = jax.tree.map(add, updates, state.momentum)
+        total = _numerics.with_moments(add, updates, state.momentum)
         given = jax.tree.map(lambda m, g: m.astype(g.dtype), total, updates)
         done, _ = whole.update(given, optax.EmptyState())
         left = _layout.tree_map(feed_back, layout, done, total)

@@ -289,8 +289,7 @@ def qk_clip(
             return (factor * wide + (factor - 1) * p).astype(u.dtype)
 
         leaves, structure = jax.tree.flatten(updates)
-        bare = jax.tree.structure(_paths.unboxed(updates))
-        weights = bare.flatten_up_to(_paths.unboxed(params))
+        weights = _paths.at_leaves(updates, params)
         clipped = [clip(*each) for each in zip(leaves, weights, fits, strict=True)]
         return jax.tree.unflatten(structure, clipped), state
 

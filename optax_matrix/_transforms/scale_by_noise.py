@@ -120,7 +120,9 @@ def scale_by_noise(
             return (signal / scale).astype(g.dtype)
 
         # The deviation is from the momentum before this update.
-        variance = jax.tree.map(average, updates, state.momentum, state.variance)
+        variance = _numerics.with_moments(
+            average, updates, state.momentum, state.variance
+        )
         averages = _numerics.moving_averages(state.momentum, updates, decay)
         scaled = jax.tree.map(rescale, updates, averages, variance)
         kept = _numerics.stored(averages, state.momentum, count)

@@ -105,7 +105,7 @@ def scale_by_variance(
             rms = jnp.sqrt(v) + _numerics.as_scalar(eps, v)
             return (_numerics.wide(u) / rms).astype(u.dtype)
 
-        variance = jax.tree.map(average, updates, state.variance)
+        variance = _numerics.with_moments(average, updates, state.variance)
         given, inner_state = divided.update(updates, state.inner, params, **extra_args)
         scaled = jax.tree.map(rescale, given, variance)
         kept = _numerics.stored(variance, state.variance, count, square=True)
