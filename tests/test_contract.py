@@ -454,6 +454,8 @@ ON_MANY_MESHES = {"soap_precondition"}
 )
 def test_sharded_equals_unsharded(name, kind):
     assert jax.device_count() == 8, "nothing is sharded on fewer devices"
+    if name == "offload_state" and jax.__version_info__ < (0, 9):
+        pytest.skip("needs host memory on CPU")
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
     _, update = subject(name)
     places = {

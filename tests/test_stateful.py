@@ -277,7 +277,7 @@ def test_moments_in_8_bits_move_to_another_mesh():
         {f"w{i}": problems.normal((32, 32), 3 * t + i) for i in range(3)}
         for t in range(3)
     ]
-    mesh = jax.make_mesh((8,), ("x",))
+    mesh = jax.make_mesh((8,), ("x",), (AxisType.Explicit,))
     place = NamedSharding(mesh, P("x", None))
     with jax.set_mesh(mesh):
         spread = [jax.device_put(g, place) for g in grads]

@@ -271,7 +271,7 @@ def _block_reduce(
     return jnp.concatenate(reduced, axis=axis)
 
 
-def _repeat(r: jax.Array, widths: np.ndarray, axis: int) -> jax.Array:
+def _repeat(r: Any, widths: np.ndarray, axis: int) -> jax.Array:
     # `jnp.repeat` computes these indices at each step.
     return jnp.take(r, np.repeat(np.arange(len(widths)), widths), axis, mode="clip")
 

@@ -40,9 +40,8 @@ def offload_state(
 
     Example:
       >>> import jax.numpy as jnp, optax_matrix as om
-      >>> state = om.offload_state(om.ema_momentum()).init(jnp.ones((2, 2)))
-      >>> state.momentum.sharding.memory_kind
-      'pinned_host'
+      >>> tx = om.offload_state(om.muon(0.02))
+      >>> state = tx.init({"up": {"kernel": jnp.ones((8, 8))}})
     """
     _check.transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)

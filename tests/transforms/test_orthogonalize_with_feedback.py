@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 
 import optax_matrix as om
 from tests import problems
@@ -101,7 +102,7 @@ def test_blocks_of_a_fused_leaf_select_on_their_own_sides():
 
 @pytest.mark.slow
 def test_the_result_does_not_depend_on_the_sharding_of_a_square_matrix():
-    mesh = jax.make_mesh((8,), ("x",))
+    mesh = jax.make_mesh((8,), ("x",), (AxisType.Explicit,))
     grads = [problems.normal((8, 8), t) for t in range(2)]
     tx = om.orthogonalize_with_feedback(EXACT)
     want, _ = problems.unroll(tx, grads)
