@@ -236,11 +236,9 @@ def with_learning_rate_factors(
 
     Args:
       optimizer: Returns the optimizer with every learning rate multiplied by a number,
-        an ``auxiliary_learning_rate`` too. It is an optimizer of all leaves that sees
-        some of them masked, where rules that need other leaves as evidence do not
-        apply: pass ``routing=om.route(params)`` in it. Decoupled weight decay is
-        multiplied by the learning rate; divide ``weight_decay`` by the number to keep
-        their product.
+        an ``auxiliary_learning_rate`` too. It gets some of the leaves, and routes them
+        as in the whole tree. Decoupled weight decay is multiplied by the learning rate;
+        divide ``weight_decay`` by the number to keep their product.
       factors: A tree of positive numbers, or a prefix of one, by the names of leaves:
         what `width_factors` returns. They fix the program.
 
@@ -257,9 +255,7 @@ def with_learning_rate_factors(
       >>> import optax_matrix as om
       >>> params = {"up": {"kernel": jax.numpy.ones((8, 8))}, "norm": jax.numpy.ones(8)}
       >>> factors = {"up": 1.0, "norm": 0.5}
-      >>> tx = with_learning_rate_factors(
-      ...     lambda f: om.muon(0.02 * f, routing=om.route(params)), factors
-      ... )
+      >>> tx = with_learning_rate_factors(lambda f: om.muon(0.02 * f), factors)
     """
     _check.function("optimizer", optimizer, "the factor that returns an optimizer")
     for path, factor in jax.tree_util.tree_leaves_with_path(factors):
@@ -276,7 +272,7 @@ def with_learning_rate_factors(
                 f"{built!r}."
             )
 
-    def labels(tree: Any) -> Any:
+    def delegate(tree: Any) -> optax.GradientTransformationExtraArgs:
         names = []
         for place, factor, _ in _paths.match(factors, tree, "factors", lambda _: False):
             if factor is None:
@@ -284,6 +280,52 @@ def with_learning_rate_factors(
                     f"`factors` must have a number, got None at '{place.name}'."
                 )
             names.append(str(float(factor)))
-        return jax.tree.unflatten(jax.tree.structure(tree), names)
+        labels = jax.tree.unflatten(jax.tree.structure(tree), names)
+        whole = {name: _with_absent(tx, tree) for name, tx in transforms.items()}
+        return optax.partition(whole, lambda _: labels)
 
-    return optax.partition(transforms, labels)
+    def init(params: optax.Params) -> optax.OptState:
+        return delegate(params).init(params)
+
+    def update(updates, state, params=None, **extra_args):
+        return delegate(updates).update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _with_absent(
+    tx: optax.GradientTransformation, whole: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Shows a transformation the shapes of masked leaves, which routing needs.
+
+    Args:
+      tx: The transformation.
+      whole: The tree without masks.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    def shown(masked: Any) -> Any:
+        def show(node: Any, leaf: Any) -> Any:
+            return _paths.Absent(np.shape(leaf)) if is_masked(node) else node
+
+        return jax.tree.map(show, masked, whole, is_leaf=is_masked)
+
+    def hidden(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda node: optax.MaskedNode() if _paths.is_absent(node) else node,
+            tree,
+            is_leaf=_paths.is_absent,
+        )
+
+    def init(params: optax.Params) -> optax.OptState:
+        return tx.init(shown(params))
+
+    def update(updates, state, params=None, **extra_args):
+        shown_params = None if params is None else shown(params)
+        updates, state = tx.update(shown(updates), state, shown_params, **extra_args)
+        return hidden(updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)

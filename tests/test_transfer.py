@@ -298,6 +298,27 @@ def test_a_prefix_of_factors_and_wrappers(tmp_path):
     chex.assert_trees_all_equal(problems.restored(state, tmp_path / "state"), state)
 
 
+def test_leaves_are_routed_as_in_the_whole_tree():
+    # Without its experts, which have another factor, the router is a hidden matrix.
+    def tree(d):
+        gate, experts = {"kernel": jnp.ones((d, 8))}, jnp.ones((8, d, 4 * d))
+        return {"moe": {"gate": gate, "wi": experts}, "q": {"kernel": jnp.ones((d, d))}}
+
+    params = tree(32)
+    factors = om.width_factors(params, tree(16), "spectral")
+    assert factors["moe"]["gate"]["kernel"] == 0.5 and factors["moe"]["wi"] == 1.0
+    tx = om.with_learning_rate_factors(lambda f: om.muon(0.02 * f), factors)
+    state = tx.init(params)
+    for _ in range(2):
+        momenta = {
+            factor: optax.tree.get(group.inner_state.inner_states["matrix"], "momentum")
+            for factor, group in state.inner_states.items()
+        }
+        assert not jax.tree.leaves(momenta["0.5"])
+        assert len(jax.tree.leaves(momenta["1.0"])) == 2
+        _, state = jax.jit(tx.update)(params, state, params)
+
+
 def test_matrices_of_one_factor_move_together_on_eight_devices():
     params = {
         name: {"kernel": problems.normal((16, 16), i)} for i, name in enumerate("abc")
