@@ -372,6 +372,9 @@ def _decide(leaf: Leaf, tree: _Tree) -> Decision:
         return _read_kernel(leaf, tree)
     if tree.in_experts(leaf):
         return _read_experts(leaf, tree)
+    if name in ("lora_a", "lora_b"):
+        how = "see `orthogonalize_factors`, or train it with `optax.adamw`"
+        return Decision("ambiguous", f"a factor of LoRA: {how}")
     return Decision("ambiguous", f"no rule knows a leaf named '{name}'")
 
 

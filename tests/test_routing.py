@@ -570,7 +570,7 @@ def test_dense_attention_projections_are_told_from_headed_ones():
             "one of several matrices in module 't_embed'",
         ),
         ({"a__w": (4, 6)}, "no rule knows a leaf named 'w'"),
-        ({"a__lora_a": (4, 6)}, "no rule knows a leaf named 'lora_a'"),
+        ({"a__lora_a": (4, 6)}, "a factor of LoRA: see `orthogonalize_factors`"),
         ({"experts__weight": (7, 4, 6)}, "no rule knows a leaf named 'weight'"),
         ({"moe__gate": (4, 7)}, "no rule knows a leaf named 'gate'"),
         ({"b__moe__gate": (5, 4, 7), "b__ln__scale": (5, 4)}, "leaf named 'gate'"),

@@ -44,7 +44,7 @@ def orthogonalize_factors(
     To first order :math:`W` changes by :math:`U_A B + A U_B`, the sum of two matrices
     whose singular values are all 1/2, so its spectral norm is at most 1, whatever the
     sizes of the factors. Put it after a momentum of both factors and before the
-    learning rate, which is then that of Muon::
+    learning rate, which is then that of Muon with ``shape_scale=None``::
 
         optax.chain(
             om.ema_momentum(0.95), om.orthogonalize_factors(),
