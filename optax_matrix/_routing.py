@@ -233,7 +233,8 @@ def partition(
 
     Raises:
       ValueError: At ``init``, under the conditions of `route`, or if no leaf is a
-        matrix and the tree is neither empty nor partly masked.
+        matrix and the tree is neither empty nor partly masked; in ``update``, for the
+        state of another optimizer.
     """
 
     _check.function("matrix", matrix, "a layout that returns an optimizer")
@@ -256,6 +257,12 @@ def partition(
     def update(
         updates: Any, state: optax.OptState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, optax.OptState]:
+        if getattr(state, "inner_states", {}).keys() != {"matrix", "auxiliary"}:
+            raise ValueError(
+                "`state` must be what `init` of this optimizer returns, with the parts "
+                f"'matrix' and 'auxiliary', got a {type(state).__name__}. Restore a "
+                "checkpoint with a new state as its target."
+            )
         return delegate(updates).update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)

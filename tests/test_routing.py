@@ -968,6 +968,14 @@ def test_partition_passes_extra_arguments_on():
     assert_marks(updates, params)
 
 
+def test_partition_refuses_the_state_of_another_optimizer():
+    params = {"up": {"kernel": jnp.ones((4, 3))}}
+    tx = om.muon(0.1)
+    for other in (optax.adam(0.1), optax.partition({"a": optax.sgd(0.1)}, "a")):
+        with pytest.raises(ValueError, match="`state` must be what `init` of this"):
+            tx.update(params, other.init(params), params)
+
+
 @pytest.mark.parametrize("routing", [None, "auxiliary"])
 def test_partition_without_matrices_raises(routing):
     params = {"head": zeros(kernel=(3, 4)), "b": jnp.ones(4)}

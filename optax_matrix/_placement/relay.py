@@ -115,7 +115,8 @@ def _put(value: Any, like: Any, name: str) -> Any:
         raise ValueError(
             f"`saved` has shape {np.shape(value)} at '{name}', but `like` has "
             f"{np.shape(like)}. It must be the state of the same optimizer and "
-            "parameters."
+            "parameters, without Flax's `State` around its parts; moments in 8 bits "
+            "must have their blocks along the same axis."
         )
     if not isinstance(like, jax.Array):
         return value
