@@ -50,17 +50,17 @@ class Absent:
     shape: tuple[int, ...]
 
 
-def is_absent(node: Any) -> bool:
+def _is_absent(node: Any) -> bool:
     return isinstance(node, Absent)
 
 
 def _is_empty(node: Any) -> bool:
     """Returns whether `node` has neither leaves nor `Absent` nodes below it."""
-    if is_absent(node):
+    if _is_absent(node):
         return True
     if jax.tree.structure(node).num_leaves:
         return False
-    return not jax.tree.leaves(node, is_leaf=is_absent)
+    return not jax.tree.leaves(node, is_leaf=_is_absent)
 
 
 class Place(NamedTuple):

@@ -309,23 +309,17 @@ def _with_absent(
 
     def shown(masked: Any) -> Any:
         def show(node: Any, leaf: Any) -> Any:
-            return _paths.Absent(np.shape(leaf)) if is_masked(node) else node
+            # What is masked in the whole tree is not known here either.
+            known = is_masked(node) and not is_masked(leaf)
+            return _paths.Absent(np.shape(leaf)) if known else node
 
         return jax.tree.map(show, masked, whole, is_leaf=is_masked)
-
-    def hidden(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda node: optax.MaskedNode() if _paths.is_absent(node) else node,
-            tree,
-            is_leaf=_paths.is_absent,
-        )
 
     def init(params: optax.Params) -> optax.OptState:
         return tx.init(shown(params))
 
     def update(updates, state, params=None, **extra_args):
-        shown_params = None if params is None else shown(params)
-        updates, state = tx.update(shown(updates), state, shown_params, **extra_args)
-        return hidden(updates), state
+        params = None if params is None else shown(params)
+        return tx.update(shown(updates), state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)

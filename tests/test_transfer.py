@@ -319,6 +319,25 @@ def test_leaves_are_routed_as_in_the_whole_tree():
         _, state = jax.jit(tx.update)(params, state, params)
 
 
+def test_groups_see_the_shapes_of_the_others_but_not_through_a_mask():
+    seen = []
+
+    def probe(factor):
+        del factor
+        identity = optax.identity()
+        return optax.GradientTransformation(
+            lambda params: seen.append(params) or identity.init(params), identity.update
+        )
+
+    tx = om.with_learning_rate_factors(probe, {"a": 0.5, "b": 1.0, "c": 1.0})
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    tx.init(params | {"c": optax.MaskedNode()})
+    half, one = seen
+    assert half["a"].shape == (2,) and not jax.tree.leaves([half["b"], one["a"]])
+    assert (half["b"].shape, one["a"].shape) == ((3,), (2,))
+    assert half["c"] == one["c"] == optax.MaskedNode()
+
+
 def test_matrices_of_one_factor_move_together_on_eight_devices():
     params = {
         name: {"kernel": problems.normal((16, 16), i)} for i, name in enumerate("abc")
