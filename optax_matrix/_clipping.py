@@ -34,7 +34,7 @@ def check_clipping(
 
     Two updates are made of each, at the same parameters, and the second ones compared,
     because SOAP makes no step in its first. That is about :math:`4 \log_2 n` updates
-    for :math:`n` leaves, outside of `jax.jit`.
+    for :math:`n` leaves. Call it outside of `jax.jit`.
 
     A clip is not found if steps are in proportion to gradients (SGD, with or without
     momentum); if early steps are short (warm-up, RAdam, Prodigy); if entries of

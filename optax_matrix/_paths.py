@@ -92,14 +92,16 @@ def _boxed(node: Any) -> list[Any]:
     return [children[0][1]] if keys == [(_BOX,)] else []
 
 
+def is_box(node: Any) -> bool:
+    """Returns whether a node is a box."""
+    return bool(_boxed(node))
+
+
 def unboxed(tree: Any) -> Any:
     """Returns the tree with each box replaced by its content.
 
     A box has the sharding of its parameter, which does not fit state of another shape.
     """
-
-    def is_box(node: Any) -> bool:
-        return bool(_boxed(node))
 
     def inside(node: Any) -> Any:
         return (_boxed(node) or [node])[0]

@@ -1,8 +1,11 @@
 """Routes every leaf to the matrix or the auxiliary optimizer, and prints the result."""
 
+import contextlib
+import contextvars
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import jax
@@ -78,21 +81,44 @@ def _by_tree(routing: Any, params: Any) -> list[_rules.Decision]:
     return decisions
 
 
+# Leaves of the whole tree by name, for optimizers that see a part of it. Their states
+# would have to know the shapes of masked leaves otherwise.
+_EVIDENCE: contextvars.ContextVar[Mapping[str, _rules.Leaf]] = contextvars.ContextVar(
+    "evidence", default=MappingProxyType({})
+)
+
+
+@contextlib.contextmanager
+def evidence(tree: Any) -> Iterator[None]:
+    """Routes parts of `tree` as in the whole one, while optimizers are traced."""
+    leaves = {p.name: _known(p) for p in _paths.places(tree) if not p.empty}
+    token = _EVIDENCE.set({**_EVIDENCE.get(), **leaves})
+    try:
+        yield
+    finally:
+        _EVIDENCE.reset(token)
+
+
+def _known(place: _paths.Place) -> _rules.Leaf:
+    # Haiku's keys and some of Linen's contain slashes themselves.
+    shape = place.leaf.shape if place.empty else _shape(place.leaf)
+    return _rules.Leaf(tuple(place.name.split("/")), shape)
+
+
 def by_rules(params: Any) -> list[_rules.Decision]:
-    """Applies the default rules, with absent leaves as evidence for the others."""
+    """Applies the default rules, with absent leaves as evidence for the others.
+
+    The leaves of `evidence` are, too.
+    """
     places = [
         place
         for place in _paths.places(params)
         if not place.empty or isinstance(place.leaf, _paths.Absent)
     ]
-    leaves = [
-        # Haiku's keys and some of Linen's contain slashes themselves.
-        _rules.Leaf(
-            tuple(p.name.split("/")), p.leaf.shape if p.empty else _shape(p.leaf)
-        )
-        for p in places
-    ]
-    decisions = zip(places, _rules.decide(leaves), strict=True)
+    leaves = [_known(place) for place in places]
+    names = {place.name for place in places}
+    others = [leaf for name, leaf in _EVIDENCE.get().items() if name not in names]
+    decisions = zip(places, _rules.decide([*leaves, *others]), strict=False)
     return [decision for place, decision in decisions if not place.empty]
 
 

@@ -281,45 +281,14 @@ def with_learning_rate_factors(
                 )
             names.append(str(float(factor)))
         labels = jax.tree.unflatten(jax.tree.structure(tree), names)
-        whole = {name: _with_absent(tx, tree) for name, tx in transforms.items()}
-        return optax.partition(whole, lambda _: labels)
+        return optax.partition(transforms, lambda _: labels)
 
     def init(params: optax.Params) -> optax.OptState:
-        return delegate(params).init(params)
+        with _routing.evidence(params):
+            return delegate(params).init(params)
 
     def update(updates, state, params=None, **extra_args):
-        return delegate(updates).update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _with_absent(
-    tx: optax.GradientTransformation, whole: Any
-) -> optax.GradientTransformationExtraArgs:
-    """Shows a transformation the shapes of masked leaves, which routing needs.
-
-    Args:
-      tx: The transformation.
-      whole: The tree without masks.
-    """
-    tx = optax.with_extra_args_support(tx)
-
-    def is_masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    def shown(masked: Any) -> Any:
-        def show(node: Any, leaf: Any) -> Any:
-            # What is masked in the whole tree is not known here either.
-            known = is_masked(node) and not is_masked(leaf)
-            return _paths.Absent(np.shape(leaf)) if known else node
-
-        return jax.tree.map(show, masked, whole, is_leaf=is_masked)
-
-    def init(params: optax.Params) -> optax.OptState:
-        return tx.init(shown(params))
-
-    def update(updates, state, params=None, **extra_args):
-        params = None if params is None else shown(params)
-        return tx.update(shown(updates), state, params, **extra_args)
+        with _routing.evidence(updates):
+            return delegate(updates).update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)

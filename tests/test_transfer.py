@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -319,23 +319,25 @@ def test_leaves_are_routed_as_in_the_whole_tree():
         _, state = jax.jit(tx.update)(params, state, params)
 
 
-def test_groups_see_the_shapes_of_the_others_but_not_through_a_mask():
-    seen = []
-
-    def probe(factor):
-        del factor
-        identity = optax.identity()
-        return optax.GradientTransformation(
-            lambda params: seen.append(params) or identity.init(params), identity.update
-        )
-
-    tx = om.with_learning_rate_factors(probe, {"a": 0.5, "b": 1.0, "c": 1.0})
-    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
-    tx.init(params | {"c": optax.MaskedNode()})
-    half, one = seen
-    assert half["a"].shape == (2,) and not jax.tree.leaves([half["b"], one["a"]])
-    assert (half["b"].shape, one["a"].shape) == ((3,), (2,))
-    assert half["c"] == one["c"] == optax.MaskedNode()
+def test_evidence_ends_with_the_update_and_passes_masks_and_nesting():
+    params = {"up": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}}
+    # Alone, a kernel of three axes is ambiguous; its bias tells how to read it.
+    params["mix"] = {"kernel": jnp.ones((4, 2, 6)), "bias": jnp.ones((2, 6))}
+    factors = {"up": 1.0, "mix": {"kernel": 1.0, "bias": 0.5}}
+    make = lambda factor: om.muon(0.02 * factor)  # noqa: E731
+    tx = om.with_learning_rate_factors(make, factors)
+    masked = params | {"mix": params["mix"] | {"bias": optax.MaskedNode()}}
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+        with pytest.raises(ValueError, match="'mix/kernel'"):
+            make(1.0).init(masked)
+    # States have the structure of those of `optax.partition`.
+    assert serialization.from_bytes(state, serialization.to_bytes(state))
+    nested = om.with_learning_rate_factors(
+        lambda f: om.with_learning_rate_factors(lambda g: make(f * g), factors), 1.0
+    )
+    got, _ = jax.jit(nested.update)(params, nested.init(params), params)
+    chex.assert_trees_all_close(got, updates)
 
 
 def test_matrices_of_one_factor_move_together_on_eight_devices():

@@ -81,14 +81,14 @@ def mu_dtype(value: DTypeLike | None, *, divided: bool = False) -> str | None:
     Raises:
       ValueError: If it is not one for state, nor int8 or float8_e4m3fn.
     """
-    name = state_dtype("mu_dtype", value, tuple(_moments.EIGHT_BITS))
-    if divided and name == "int8":
+    more = (_moments.OF_SQUARES,) if divided else tuple(_moments.EIGHT_BITS)
+    if divided and isinstance(value, str) and value == "int8":
         raise ValueError(
             "`mu_dtype` must not be 'int8' where a momentum is divided by its second "
             "moment: errors of the size of the largest entries would become huge "
             f"steps. Use '{_moments.OF_SQUARES}', whose errors are relative."
         )
-    return name
+    return state_dtype("mu_dtype", value, more)
 
 
 def nu_dtype(value: DTypeLike | None) -> str | None:

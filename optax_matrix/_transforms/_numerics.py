@@ -36,10 +36,15 @@ def value_at(value: optax.ScalarOrSchedule, count: Any) -> ArrayLike:
 
 def zero_moments(params: optax.Params, dtype: str | None) -> Any:
     """Returns zeros for a moving average of updates like `params`; see `_moments`."""
-    if dtype in _moments.EIGHT_BITS:
-        # A box of Flax NNX would not keep codes and scales together.
-        params = _paths.unboxed(params)
-    return jax.tree.map(lambda p: _moments.zeros(p, dtype), params)
+
+    def zeros(node: Any) -> Any:
+        if not jax.tree.leaves(node):
+            return node
+        # Codes and scales get a box each: one of Flax NNX cannot have both.
+        moment = _moments.zeros(_paths.unboxed(node), dtype)
+        return jax.tree.map(lambda part: jax.tree.map(lambda _: part, node), moment)
+
+    return jax.tree.map(zeros, params, is_leaf=_paths.is_box)
 
 
 def next_count(count: jax.Array) -> jax.Array:
@@ -86,8 +91,9 @@ def mixture(
 def stored(new: Any, like: Any, count: jax.Array, *, square: bool = False) -> Any:
     """Returns each moment of `new` in the form of that of `like`; see `_moments`."""
 
-    def one(old: Moment, x: jax.Array) -> Moment:
-        return _moments.write(x, old, count, square=square)
+    def one(old: Any, x: jax.Array) -> Any:
+        new = _moments.write(x, _paths.unboxed(old), count, square=square)
+        return jax.tree.unflatten(jax.tree.structure(old), jax.tree.leaves(new))
 
     # With the boxes of `like`, because the state keeps its structure.
     moments, structure = jax.tree.flatten(like, is_leaf=_moments.is_blocks)

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -50,7 +49,7 @@ def match_rms(
         wide = _numerics.wide(u)
         norm = _numerics.safe_norm(view, wide)
         unit = _numerics.divide_or_zero(wide, view.expand(norm))
-        length = jnp.asarray(np.sqrt(view.expand(view.size())), wide.dtype)
+        length = jnp.sqrt(jnp.asarray(view.expand(view.size()), wide.dtype))
         factor = _numerics.as_scalar(rms, wide) * length
         return (unit * factor).astype(u.dtype)
 

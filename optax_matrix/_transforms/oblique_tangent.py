@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -87,7 +86,8 @@ def oblique_tangent(
         rounding = 8 * jnp.finfo(wide.dtype).eps * jnp.sqrt(inner(wide, wide))
         norm = jnp.where(norm <= rounding, 0, norm)
         direction = _numerics.divide_or_zero(tangent, view.expand(norm))
-        length = jnp.asarray(np.sqrt(view.expand(view.size(**sides))), wide.dtype)
+        size = view.expand(view.size(**sides))
+        length = jnp.sqrt(jnp.asarray(size, wide.dtype))
         step = direction * (length * _numerics.as_scalar(rms, wide))
         return _mesh.like(step.astype(u.dtype), u)
 

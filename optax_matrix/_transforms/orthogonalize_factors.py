@@ -42,9 +42,10 @@ def orthogonalize_factors(
       U_B \leftarrow \tfrac12 R_A \operatorname{polar}(R_A U_B).
 
     To first order :math:`W` changes by :math:`U_A B + A U_B`, the sum of two matrices
-    whose singular values are all 1/2, so its spectral norm is at most 1, whatever the
-    sizes of the factors. Put it after a momentum of both factors and before the
-    learning rate, which is then that of Muon with ``shape_scale=None``::
+    whose singular values are 1/2, or less where ``damping`` acts, so its spectral norm
+    is at most 1, whatever the sizes of the factors. Put it after a momentum of both
+    factors and before the learning rate, which is then that of Muon with
+    ``shape_scale=None``::
 
         optax.chain(
             om.ema_momentum(0.95), om.orthogonalize_factors(),
@@ -61,8 +62,8 @@ def orthogonalize_factors(
       method: See `orthogonalize`.
       damping: What is added to the eigenvalues of :math:`A^\top A` and
         :math:`B B^\top`, relative to the largest; not negative. Where gradients have a
-        lower rank than the factors, as at the start of LoRA with few tokens, updates
-        are rounding errors divided by it: with 1e-3 and less, such runs can diverge.
+        lower rank than the factors, as in LoRA with few tokens, updates are rounding
+        errors that are divided by its root: with 1e-3 and less, such runs can diverge.
       placement: See `orthogonalize`, for the factors on a mesh with auto axes.
 
     Returns:

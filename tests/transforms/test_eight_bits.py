@@ -74,8 +74,8 @@ def test_optimizers_of_flax_nnx_train_as_pure_functions_do(name):
     chex.assert_trees_all_close(got, jax.tree.leaves((params, state)), rtol=1e-5)
 
 
-def test_boxes_of_linen_stay_around_updates_only():
-    x = {"kernel": nn.Partitioned(problems.normal((32, 64)), ("a", "b"))}
+def test_boxes_of_linen_shard_codes_and_scales():
+    x = {"kernel": nn.Partitioned(problems.normal((256, 64)), ("x", None))}
     tx = om.scale_by_variance(nu_dtype="float8_e4m3fn", inner=om.ema_momentum(0.9))
     tx = optax.chain(om.ema_momentum(mu_dtype="int8"), tx)
     update = jax.jit(tx.update)
@@ -84,9 +84,15 @@ def test_boxes_of_linen_stay_around_updates_only():
     got, state = update(got, state)
     want, wanted = update(bare, tx.init(bare))
     want, wanted = update(want, wanted)
-    assert got["kernel"].names == ("a", "b")
-    chex.assert_trees_all_equal(got["kernel"].value, want["kernel"])
-    chex.assert_trees_all_equal(state[0], wanted[0])
+    assert got["kernel"].names == ("x", None)
+    chex.assert_trees_all_equal(nn.unbox((got, state)), (want, wanted))
+    chex.assert_trees_all_equal_structs(state, tx.init(x))
+    mesh = jax.make_mesh((8,), ("x",), (AxisType.Auto,))
+    places = nn.get_sharding(jax.eval_shape(tx.init, x), mesh)
+    codes, scales = places[0].momentum["kernel"]
+    assert codes.spec == scales.spec == P("x", None)
+    placed = jax.jit(tx.init, out_shardings=places)(x)
+    assert placed[0].momentum["kernel"].scales.value.sharding.spec == P("x", None)
 
 
 # Those whose momentum is divided by its second moment.
