@@ -327,10 +327,9 @@ def test_evidence_ends_with_the_update_and_passes_masks_and_nesting():
     make = lambda factor: om.muon(0.02 * factor)  # noqa: E731
     tx = om.with_learning_rate_factors(make, factors)
     masked = params | {"mix": params["mix"] | {"bias": optax.MaskedNode()}}
-    for _ in range(2):
-        updates, state = jax.jit(tx.update)(params, tx.init(params), params)
-        with pytest.raises(ValueError, match="'mix/kernel'"):
-            make(1.0).init(masked)
+    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    with pytest.raises(ValueError, match="'mix/kernel'"):
+        make(1.0).init(masked)
     # States have the structure of those of `optax.partition`.
     assert serialization.from_bytes(state, serialization.to_bytes(state))
     nested = om.with_learning_rate_factors(
