@@ -63,7 +63,7 @@ def orthogonalize_factors(
       damping: What is added to the eigenvalues of :math:`A^\top A` and
         :math:`B B^\top`, relative to the largest; not negative. Where gradients have a
         lower rank than the factors, as in LoRA with few tokens, updates are rounding
-        errors that are divided by its root: with 1e-3 and less, such runs can diverge.
+        errors that are divided by its root, so that runs diverge if it is tiny.
       placement: See `orthogonalize`, for the factors on a mesh with auto axes.
 
     Returns:

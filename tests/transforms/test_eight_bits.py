@@ -37,8 +37,7 @@ TRANSFORMS = {
 SLOW = {"whiten_momentum", "kl_soap_precondition", "kl_shampoo_precondition"}
 SLOW |= {"shampoo_precondition", "soap_precondition", "scale_by_noise"}
 SLOW |= {"orthogonalize_with_feedback"}
-# Between them, every way to keep moments.
-BOXED = ("muon", "hopper", "muon_nsr", "dion", "muown", "soap", "shampoo", "track3")
+BOXED = sorted(om.MATRIX_OPTIMIZERS)
 
 
 @pytest.mark.parametrize("name", [case(n, slow={*BOXED} - {"hopper"}) for n in BOXED])
