@@ -108,7 +108,7 @@ LORA = {
 }
 SILENT = {
     # Steps in proportion to gradients: tiny ones are not clipped.
-    "gradient descent": optax.chain(optax.sgd(0.1), CLIP),
+    "gradient descent": optax.chain(optax.sgd(10.0), CLIP),
     "a clip of each leaf": optax.chain(optax.adam(0.1), optax.clip_by_block_rms(0.1)),
     "a clip that does not act": optax.chain(optax.adam(1e-4), CLIP),
     "normalized gradients": optax.chain(optax.normalize_by_update_norm(), om.muon(0.1)),
