@@ -106,10 +106,7 @@ def _known(place: _paths.Place) -> _rules.Leaf:
 
 
 def by_rules(params: Any) -> list[_rules.Decision]:
-    """Applies the default rules, with absent leaves as evidence for the others.
-
-    The leaves of `evidence` are, too.
-    """
+    """Applies the default rules, with absent leaves and `evidence` for the others."""
     places = [
         place
         for place in _paths.places(params)
@@ -259,8 +256,8 @@ def partition(
 
     Raises:
       ValueError: At ``init``, under the conditions of `route`, or if no leaf is a
-        matrix and the tree is neither empty nor partly masked; in ``update``, for the
-        state of another optimizer.
+        matrix and the tree is neither empty nor partly masked; in ``update``, for a
+        state without these two parts.
     """
 
     _check.function("matrix", matrix, "a layout that returns an optimizer")
